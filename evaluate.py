@@ -1,0 +1,168 @@
+"""Measure finished runs on a split. The only script that opens photos of the test split.
+
+    python evaluate.py --run plain-lr0.02-bs64-seed0 --split test
+    python evaluate.py --chosen --split test          every run that summary.json names as chosen
+    python evaluate.py --run NAME --image lunch.jpg   top 3 classes for any photo
+
+Writes results/evaluations/NAME.SPLIT.json.
+"""
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import models
+import runs
+import train_scratch
+
+
+def confusion_matrix(labels, predicted, classes):
+    """int [classes, classes]: rows are true classes, columns predicted ones; int [N] each."""
+    matrix = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(matrix, (labels, predicted), 1)
+    return matrix
+
+
+def metrics(labels, predicted, classes):
+    """Accuracy, its 95% Wilson interval, confusion matrix, and precision, recall, F1 by class.
+
+    labels, predicted: int [N]; classes: list of names. A ratio with nothing below the line is 0.
+    """
+    matrix = confusion_matrix(labels, predicted, len(classes))
+    hits, accuracy = np.diag(matrix), float((labels == predicted).mean())
+
+    def ratio(above, below):
+        return np.divide(above, below, out=np.zeros(len(classes)), where=below > 0)
+
+    precision, recall = ratio(hits, matrix.sum(0)), ratio(hits, matrix.sum(1))
+    f1 = ratio(2 * precision * recall, precision + recall)
+    return {
+        "accuracy": accuracy,
+        "interval_95": list(runs.wilson_interval(accuracy, len(labels))),
+        "confusion_matrix": matrix.tolist(),
+        "per_class": {
+            name: {
+                "precision": float(precision[i]),
+                "recall": float(recall[i]),
+                "f1": float(f1[i]),
+                "support": int(matrix[i].sum()),
+            }
+            for i, name in enumerate(classes)
+        },
+    }
+
+
+def load_model(output, name, device):
+    """Return (model in eval mode on `device`, checkpoint) of a finished run."""
+    path = Path(output, "checkpoints", f"{name}.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        config, classes = checkpoint["config"], checkpoint["classes"]
+        if checkpoint["kind"] == "scratch":
+            model = models.SCRATCH[config["model"]](len(classes))
+        else:
+            model = models.build_backbone(config["backbone"], len(classes), "none")
+        model.load_state_dict(checkpoint["state"])
+    except FileNotFoundError:
+        known = ", ".join(p.stem for p in sorted(path.parent.glob("*.pt"))) or "none"
+        raise SystemExit(f"no checkpoint {path}. Finished runs there: {known}.") from None
+    except (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise SystemExit(
+            f"{path} is damaged or of another version ({reason}). Delete it and train again."
+        ) from None
+    return model.to(device, memory_format=train_scratch.MEMORY_FORMAT).eval(), checkpoint
+
+
+@torch.no_grad()
+def predict(model, images, context, flip=False):
+    """Class probabilities float32 [B, classes] of normalised photos float32 [B, 3, H, W].
+
+    flip: mean of the probabilities of each photo and of its mirror image.
+    """
+    with context:
+        logits = model(images.contiguous(memory_format=train_scratch.MEMORY_FORMAT))
+    probabilities = logits.float().softmax(1)
+    if flip:
+        probabilities = (probabilities + predict(model, images.flip(3), context)) / 2
+    return probabilities
+
+
+def evaluate_run(name, arguments, device):
+    """Evaluate one run on the split and write its JSON, unless that is there and still true."""
+    suffix = "-flip" if arguments.flip else ""
+    path = Path(arguments.output, "evaluations", f"{name}.{arguments.split}{suffix}.json")
+    checkpoint_file = Path(arguments.output, "checkpoints", f"{name}.pt")
+    model, checkpoint = load_model(arguments.output, name, device)
+    config, classes = checkpoint["config"], checkpoint["classes"]
+    split = data.load_split(arguments.data, arguments.split, config["image_size"], arguments.cache)
+    if split.classes != classes:
+        raise SystemExit(f"{name} was trained on the classes {', '.join(classes)}; "
+                         f"{arguments.data} has others.")  # fmt: skip
+    stamp = hashlib.sha256(checkpoint_file.read_bytes()).hexdigest() + split.fingerprint
+    if path.exists() and runs.read_json(path).get("stamp") == stamp:
+        return runs.read_json(path)
+    context = train_scratch.autocast(device, config["precision"])
+    loader = data.Loader(split, 64, device)
+    batches = [predict(model, images, context, arguments.flip) for images, _ in loader]
+    probabilities = torch.cat(batches).cpu().numpy()
+    labels, predicted = split.labels.numpy(), probabilities.argmax(1)
+    result = {"name": name, "split": arguments.split, "flip": arguments.flip, "stamp": stamp}
+    result |= {"classes": classes, **metrics(labels, predicted, classes)}
+    columns = split.files, labels, predicted, probabilities.max(1)
+    result["predictions"] = [
+        {"file": file, "label": int(label), "predicted": int(guess), "probability": float(p)}
+        for file, label, guess, p in zip(*columns, strict=True)
+    ]
+    runs.write_json(path, result)
+    return result
+
+
+def classify_photos(name, arguments, device):
+    """Print the three most probable classes of each photo in arguments.image."""
+    model, checkpoint = load_model(arguments.output, name, device)
+    config, classes = checkpoint["config"], checkpoint["classes"]
+    context = train_scratch.autocast(device, config["precision"])
+    for file in arguments.image:
+        try:
+            pixels, _ = data.decode(file, config["image_size"])
+        except OSError as error:
+            raise SystemExit(f"{file}: not a readable photo ({error})") from None
+        image = data.normalise(torch.tensor(pixels)[None].to(device))
+        row = predict(model, image, context, arguments.flip)[0].cpu()
+        best = [f"{classes[i]} {row[i]:.1%}" for i in row.argsort(descending=True)[:3].tolist()]
+        print(f"{file}: {', '.join(best)}")
+
+
+def main(argv=None):
+    parser = runs.Parser(__doc__)
+    runs.add_place_flags(parser)
+    parser.add_argument("--run", nargs="+", metavar="NAME", default=[], help="finished runs")
+    parser.add_argument("--chosen", action="store_true", help="the runs chosen in summary.json")
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--flip", action="store_true", help="average over photo and mirror image")
+    parser.add_argument("--image", nargs="+", metavar="FILE", help="photos to classify")
+    arguments = parser.parse_args(argv)
+    names = list(arguments.run)
+    if arguments.chosen:
+        summary = runs.read_json(Path(arguments.output, "summary.json"))
+        names += [name for model in summary["models"] for name in model["runs"]]
+    if not names:
+        parser.error("name the runs to evaluate with --run, or give --chosen")
+    device = train_scratch.pick_device(arguments.device)
+    for name in dict.fromkeys(names):
+        if arguments.image:
+            classify_photos(name, arguments, device)
+            continue
+        result = evaluate_run(name, arguments, device)
+        low, high = result["interval_95"]
+        print(f"{name}  {arguments.split} accuracy {result['accuracy']:.1%} "
+              f"(95% interval {low:.1%} to {high:.1%})")  # fmt: skip
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

@@ -1,0 +1,274 @@
+"""Every network of the study, and nothing about training.
+
+    python models.py plain residual mobilenet_v2    print them layer by layer
+
+PlainCNN and ResidualCNN are written out here; the backbones are torchvision's, viewed as a
+straight sequence of blocks, with all but the last few layers frozen.
+"""
+
+import pickle
+import urllib.error
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import runs
+
+
+class PlainCNN(nn.Module):
+    """Five convolutions and two fully connected layers.
+
+    A block is convolution, max pooling, batch norm, ReLU. Pooling comes first because the two
+    that follow then touch a quarter of the pixels. float [B, 3, H, W] -> logits [B, classes],
+    H and W at least 32. `dropout` acts on the input of both fully connected layers.
+    """
+
+    def __init__(self, classes, dropout=0.0):
+        super().__init__()
+        widths = (32, 64, 128, 256, 512)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False)
+            for before, after in zip((3, *widths), widths, strict=False)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
+        self.pool = nn.MaxPool2d(2)
+        self.dropout = nn.Dropout(dropout)
+        self.fc1 = nn.Linear(widths[-1], 256)
+        self.fc2 = nn.Linear(256, classes)
+        for convolution in self.convolutions:  # He et al., ICCV 2015
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+
+    def block(self, number, x):
+        """Block `number` (0 to 4) before its ReLU: [B, C, H, W] -> [B, C', H / 2, W / 2]."""
+        return self.norms[number](self.pool(self.convolutions[number](x)))
+
+    def forward(self, images):
+        x = images
+        for number in range(5):
+            x = F.relu(self.block(number, x), inplace=True)
+        x = x.mean((2, 3))  # global average: [B, 512]
+        x = F.relu(self.fc1(self.dropout(x)))
+        return self.fc2(self.dropout(x))
+
+
+class ResidualCNN(PlainCNN):
+    """PlainCNN with an identity skip around every block but the first, and nothing else changed.
+
+    He et al., "Deep residual learning for image recognition", CVPR 2016, with their option A,
+    which has no parameters: the skip is pooled like the block, and zero in the added channels.
+    """
+
+    def block(self, number, x):
+        y = super().block(number, x)
+        if number == 0:  # three colours are no features yet
+            return y
+        skip = self.pool(x)
+        return y + F.pad(skip, (0, 0, 0, 0, 0, y.shape[1] - skip.shape[1]))
+
+
+SCRATCH = {"plain": PlainCNN, "residual": ResidualCNN}
+
+
+class Backbone(nn.Sequential):
+    """A pre-trained network as a straight sequence of blocks, from images to logits."""
+
+    def train(self, mode=True):
+        """Like nn.Module.train, but frozen batch norm stays in eval mode: its statistics too."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+    def first_trained(self):
+        """Index of the first block that differs from step to step: trained, or dropout."""
+        for index, block in enumerate(self):
+            if isinstance(block, nn.Dropout) or any(p.requires_grad for p in block.parameters()):
+                return index
+        raise ValueError("nothing is trained")
+
+
+def build_backbone(name, classes, weights="IMAGENET1K_V1", unfreeze_convolutions=0, dropout=0.2):
+    """Return a Backbone with a new last Linear, everything frozen but that and the last N
+    convolutions.
+
+    weights: a name that torchvision knows, "none" (random) or a file with a state dict of the
+    1000-class network. Exits with one line if they cannot be had.
+    """
+    network = load_torchvision(name, weights)
+    if name.startswith("shufflenet"):
+        stages = [*network.stage2, *network.stage3, *network.stage4]
+        features = [network.conv1, network.maxpool, *stages, network.conv5]
+        head = [network.fc]
+    else:
+        features, head = [*network.features], [*network.classifier]
+    head = [layer for layer in head if not isinstance(layer, nn.Dropout)]
+    last = nn.Linear(head[-1].in_features, classes)
+    pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = Backbone(*features, *pooled, *head[:-1], nn.Dropout(dropout), last)
+    model.requires_grad_(False)
+    last.requires_grad_(True)
+    convolutions = main_convolutions(model)
+    if unfreeze_convolutions > len(convolutions):
+        raise SystemExit(f"--unfreeze-convolutions: {name} has only {len(convolutions)}.")
+    for layers in convolutions[len(convolutions) - unfreeze_convolutions :]:
+        for layer in layers:
+            layer.requires_grad_(True)
+    return model
+
+
+def load_torchvision(name, weights):
+    """torchvision's network `name` with `weights` as in build_backbone."""
+    from torchvision.models import get_model, get_model_weights  # takes a second: only when needed
+
+    if weights == "none":
+        return get_model(name, weights=None)
+    try:
+        if Path(weights).is_file():
+            network = get_model(name, weights=None)
+            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            return network
+        return get_model(name, weights=get_model_weights(name)[weights])
+    except KeyError:
+        known = ", ".join(entry.name for entry in get_model_weights(name))
+        raise SystemExit(f"--weights {weights}: neither a file nor one of {known}, none.") from None
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        raise SystemExit(
+            f"the {weights} weights of {name} cannot be downloaded ({error}). Set TORCH_HOME to "
+            "a folder that has them in hub/checkpoints, or give --weights FILE or none."
+        ) from None
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        place = weights if Path(weights).is_file() else f"{torch.hub.get_dir()}/checkpoints"
+        raise SystemExit(f"the weights of {name} in {place} cannot be read ({reason}). "
+                         "Delete that file to fetch it again.") from None  # fmt: skip
+
+
+def main_convolutions(model):
+    """[[convolution, its batch norm], ...] in execution order, without squeeze-excitation.
+
+    In these networks modules are registered in the order in which they run; a test checks it.
+    """
+    found = []
+    for name, module in model.named_modules():
+        parents = [model.get_submodule(name[:i]) for i, c in enumerate(name) if c == "."]
+        if any("SqueezeExcitation" in type(parent).__name__ for parent in parents):
+            continue
+        if isinstance(module, nn.Conv2d):
+            found.append([module])
+        elif isinstance(module, nn.BatchNorm2d) and found:
+            found[-1].append(module)
+    return found
+
+
+def frozen_state(model):
+    """Copies of every tensor that training must leave alone: state dict name -> tensor.
+
+    That is every frozen parameter, and every buffer of a batch norm that is frozen.
+    """
+    state = {name: tensor for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        parameters = dict(module.named_parameters(recurse=False))
+        for key, parameter in parameters.items():
+            if parameter.requires_grad:
+                del state[prefix + key]
+        if any(p.requires_grad for p in parameters.values()):
+            for key, _ in module.named_buffers(recurse=False):
+                del state[prefix + key]
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def is_unchanged(model, frozen):
+    """True if every tensor of `frozen` (see frozen_state) is still the same, bit for bit."""
+    state = model.state_dict()
+    return all(torch.equal(state[name], tensor) for name, tensor in frozen.items())
+
+
+def describe(model, image_size):
+    """Run one image of zeros through `model`; return a row per layer, in execution order.
+
+    Keys of a row: layer, type, in, out, kernel, stride, output ([C, H, W] without the batch),
+    parameters, state ("trained", "frozen" or "-").
+    """
+    rows, hooks = [], []
+
+    def record(name):
+        def hook(module, inputs, output):
+            parameters = list(module.parameters())
+            trained = any(p.requires_grad for p in parameters)
+            first = [getattr(module, key, None) for key in ("in_channels", "in_features")]
+            after = [getattr(module, key, None) for key in ("out_channels", "out_features")]
+            kernel, stride = (getattr(module, key, "") for key in ("kernel_size", "stride"))
+            row = {"layer": name, "type": type(module).__name__}
+            row["in"] = next((n for n in first if n), inputs[0].shape[1])
+            row["out"] = next((n for n in after if n), output.shape[1])
+            row["kernel"] = kernel[0] if isinstance(kernel, tuple) else kernel
+            row["stride"] = stride[0] if isinstance(stride, tuple) else stride
+            row["output"] = list(output.shape[1:])
+            row["parameters"] = sum(p.numel() for p in parameters)
+            row["state"] = ("trained" if trained else "frozen") if parameters else "-"
+            rows.append(row)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            hooks.append(module.register_forward_hook(record(name)))
+    training = model.training
+    with torch.no_grad():
+        parameter = next(model.parameters())
+        model.eval()(torch.zeros(1, 3, image_size, image_size, device=parameter.device))
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+def counts(model):
+    """Parameters and layers as they stand in a run's JSON."""
+    modules = list(model.modules())
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "convolutions": sum(isinstance(module, nn.Conv2d) for module in modules),
+        "linear_layers": sum(isinstance(module, nn.Linear) for module in modules),
+    }
+
+
+def print_layers(model, image_size):
+    """Print describe() as a table."""
+    layers = describe(model, image_size)
+    columns = list(layers[0])
+    rows = [columns] + [[str(cell) for cell in row.values()] for row in layers]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+    total = counts(model)
+    print(", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in total.items()))
+
+
+def main(argv=None):
+    parser = runs.Parser(__doc__)
+    names = [*SCRATCH, *runs.BACKBONES]
+    parser.add_argument("model", nargs="+", choices=names, help="networks to print")
+    parser.add_argument("--classes", type=runs.number(int, 2), default=11)
+    parser.add_argument("--image-size", type=runs.number(int, 32), default=224)
+    parser.add_argument("--weights", default="IMAGENET1K_V1", help="a name, a file, or none")
+    parser.add_argument("--unfreeze-convolutions", type=runs.number(int, 0), default=2)
+    arguments = parser.parse_args(argv)
+    for name in arguments.model:
+        print(f"\n{name}, {arguments.image_size} x {arguments.image_size} px")
+        if name in SCRATCH:
+            model = SCRATCH[name](arguments.classes)
+        else:
+            model = build_backbone(
+                name, arguments.classes, arguments.weights, arguments.unfreeze_convolutions
+            )
+        print_layers(model, arguments.image_size)
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

@@ -1,0 +1,111 @@
+"""Numbers that can be trusted: metrics, intervals, paired tests, choices."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import evaluate
+import runs
+import summary
+import train_scratch
+from tests.test_training import TINY
+
+
+def test_metrics_of_a_hand_worked_example():
+    labels, predicted = np.array([0, 0, 0, 0, 1, 1, 2, 2]), np.array([0, 0, 0, 1, 1, 0, 0, 1])
+    result = evaluate.metrics(labels, predicted, ["a", "b", "c"])
+    assert result["confusion_matrix"] == [[3, 1, 0], [1, 1, 0], [1, 1, 0]]
+    assert result["accuracy"] == 0.5
+    assert result["per_class"]["a"] == {
+        "precision": pytest.approx(3 / 5),
+        "recall": pytest.approx(3 / 4),
+        "f1": pytest.approx(2 / 3),
+        "support": 4,
+    }
+    assert result["per_class"]["c"] == {"precision": 0, "recall": 0, "f1": 0, "support": 2}
+
+
+def test_metrics_agree_with_a_slow_count_on_random_input():
+    random = np.random.default_rng(0)
+    labels, predicted = random.integers(0, 5, 300), random.integers(0, 4, 300)
+    result = evaluate.metrics(labels, predicted, list("abcde"))
+    for true in range(5):
+        both = sum(a == b == true for a, b in zip(labels, predicted, strict=True))
+        said, is_ = sum(predicted == true), sum(labels == true)
+        values = result["per_class"]["abcde"[true]]
+        assert values["recall"] == pytest.approx(both / is_)
+        assert values["precision"] == pytest.approx(both / said if said else 0)
+        for other in range(5):
+            count = sum(a == true and b == other for a, b in zip(labels, predicted, strict=True))
+            assert result["confusion_matrix"][true][other] == count
+
+
+def test_wilson_interval_of_known_cases():
+    # Newcombe, Statistics in Medicine 1998, table I: 81/263, 15/148, 0/20, 1/29
+    for hits, total, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
+        assert runs.wilson_interval(hits / total, total) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_mcnemar_of_hand_worked_cases():
+    first, second = [True] * 6 + [False] + [True] * 3, [False] * 6 + [True] * 4
+    difference, (low, high), p_value = summary.mcnemar(first, second)
+    assert difference == 0.5 and low < 0.5 < high
+    assert p_value == pytest.approx(2 * (1 + 7) / 2**7)  # at most 1 of 7 coins shows a head
+    assert summary.mcnemar(first, first)[2] == 1.0
+
+
+def fake(rate, batch, accuracy, loss, seed=0):
+    best = {"validation_accuracy": accuracy, "validation_loss": loss, "epoch": 1}
+    return {"config": {"learning_rate": rate, "batch_size": batch, "seed": seed}, "best": best}
+
+
+def test_the_choice_is_by_mean_validation_accuracy_then_loss():
+    lucky = [fake(0.1, 32, 0.9, 1, seed=0), fake(0.1, 32, 0.1, 1, seed=1)]
+    steady = [fake(0.2, 64, 0.6, 1, seed=0), fake(0.2, 64, 0.6, 1, seed=1)]
+    assert runs.best_setting(lucky + steady) == (0.2, 64)
+    assert runs.best_setting([fake(1, 32, 0.5, 2), fake(2, 32, 0.5, 1)]) == (2, 32)
+    assert runs.best_setting([fake(1, 32, 0.5, None), fake(2, 32, 0.5, 1)]) == (2, 32)
+
+
+def test_evaluation_summary_and_classification_of_a_real_run(photos, capsys):
+    common = ["--data", str(photos)]
+    for rate in ("0.01", "0.02"):
+        train_scratch.main([*common, *TINY, "--learning-rate", rate])
+    train_scratch.main([*common, *TINY, "--best-of-grid", "--dropout", "0.2"])
+    summary.main([])
+    evaluate.main([*common, "--chosen", "--split", "test", "--device", "cpu"])
+    summary.main([])
+    content = runs.read_json("results/summary.json")
+    assert len(content["grid"]) == 2 and len(content["dropout"]) == 2
+    (choice,) = content["choices"]["plain"]
+    row = next(row for row in content["models"] if row["runs"] == [choice["run"]])
+    result = runs.read_json(f"results/evaluations/{choice['run']}.test.json")
+    assert row["test_accuracy"] == result["accuracy"] and len(result["predictions"]) == 15
+    hits = [p["label"] == p["predicted"] for p in result["predictions"]]
+    assert sum(hits) / 15 == result["accuracy"] == 1.0
+    assert np.trace(result["confusion_matrix"]) == 15
+    assert len(content["comparisons"]) == 1 and not content["comparisons"][0]["different"]
+    capsys.readouterr()
+    photo = str(photos / "test" / "green" / "1.jpg")
+    evaluate.main([*common, "--run", choice["run"], "--image", photo, "--device", "cpu"])
+    assert capsys.readouterr().out.split(": ")[1].startswith("green ")
+
+
+def test_a_damaged_checkpoint_is_one_clear_line(photos):
+    train_scratch.main(["--data", str(photos), *TINY, "--epochs", "1", "--name", "one"])
+    path = Path("results/checkpoints/one.pt")
+    content = path.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], b"\0" * 1000):
+        path.write_bytes(damaged)
+        with pytest.raises(SystemExit, match="one.pt is damaged"):
+            evaluate.main(["--data", str(photos), "--run", "one", "--device", "cpu"])
+    shutil.rmtree("results/checkpoints")
+    with pytest.raises(SystemExit, match="no checkpoint"):
+        evaluate.main(["--data", str(photos), "--run", "one", "--device", "cpu"])

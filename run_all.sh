@@ -22,7 +22,7 @@ BATCH_SIZES=${BATCH_SIZES:-32 64}
 DROPOUTS=${DROPOUTS:-0.2 0.4}
 BACKBONES=${BACKBONES:-mobilenet_v2 mobilenet_v3_small shufflenet_v2_x1_0}
 WEIGHTS=${WEIGHTS:-IMAGENET1K_V1}              # of the backbones; none trains on random features
-FINETUNE_LEARNING_RATES=${FINETUNE_LEARNING_RATES:-0.0005 0.001 0.002}
+FINETUNE_LEARNING_RATES=${FINETUNE_LEARNING_RATES:-0.001 0.003 0.01}
 SEEDS=${SEEDS:-0}                              # several: mean and spread in every table
 JOBS=${JOBS:-1}                                # runs at a time, spread over the GPUs there are
 DEVICE=${DEVICE:-auto}                         # auto, cuda, mps or cpu
@@ -57,7 +57,7 @@ case "${1:-}" in
 esac
 [[ $# -le 1 ]] || fail "one argument at most; settings are environment variables"
 
-# The training commands, one a line; an empty line means: wait for all before.
+# The training commands, one a line.
 common() { echo "--data $DATA --output $OUT --epochs $EPOCHS --seed $1 --device $DEVICE"; }
 
 grid() {  # both networks x learning rates x batch sizes
@@ -81,9 +81,9 @@ transfers() {  # FC only and last two convolutions + FC; each tries every learni
       "--image-size $FINETUNE_IMAGE_SIZE $(common "$seed")"
   done; done; done
 }
-commands() { transfers; grid; echo; dropouts; }
+commands() { transfers; grid; dropouts; }
 
-if [[ $LIST ]]; then commands | sed '/^$/d'; exit 0; fi
+if [[ $LIST ]]; then commands; exit 0; fi
 
 # 1. Packages: use the python at hand, or a virtual environment of our own if it lacks some.
 stage "set-up"

@@ -3,11 +3,12 @@
     bash run_all.sh --list | python run_queue.py --jobs 2
 
 Each job is one process that imports torch once and takes command after command, because a run can
-be shorter than that import. An empty line is a barrier: what follows waits for what stands before
-it. Finished runs are skipped by the scripts themselves. The first failure stops the queue; the
-runs in progress then are still finished, and what is finished is kept.
+be shorter than that import. A command with --best-of-grid waits for all that stand before it.
+Finished runs are skipped by the scripts themselves. The first failure stops the queue; the runs in
+progress then are still finished, and what is finished is kept.
 """
 
+import itertools
 import os
 import shlex
 import sys
@@ -55,19 +56,25 @@ def parse(line):
     return words
 
 
+def failure(command, reason):
+    return SystemExit(f"failed: python {shlex.join(command)}\n{reason}")
+
+
 def main(argv=None):
     parser = runs.Parser(__doc__)
     parser.add_argument("--jobs", type=runs.number(int, 1), default=1, help="runs at a time")
     jobs = parser.parse_args(argv).jobs
     stages = [[]]
-    for line in sys.stdin:
-        if command := parse(line):
-            stages[-1].append(command)
-        elif stages[-1]:
+    for command in filter(None, map(parse, sys.stdin)):
+        if "--best-of-grid" in command and stages[-1] and "--best-of-grid" not in stages[-1][-1]:
             stages.append([])
+        stages[-1].append(command)
     if jobs == 1:
-        for command in (command for stage in stages for command in stage):
-            run_command(command)
+        for command in itertools.chain(*stages):
+            try:
+                run_command(command)
+            except SystemExit as error:
+                raise failure(command, error) from None
         return
     os.environ["OMP_NUM_THREADS"] = str(max(1, runs.cpu_count() // jobs))
     context = get_context("spawn")
@@ -84,7 +91,7 @@ def main(argv=None):
                         error = "a training process was killed (out of memory?)"
                     elif not isinstance(error, SystemExit):
                         raise error
-                    raise SystemExit(f"failed: {shlex.join(futures[future])}\n{error}")
+                    raise failure(futures[future], error)
 
 
 if __name__ == "__main__":

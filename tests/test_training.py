@@ -210,11 +210,11 @@ def test_the_queue_runs_commands_and_stops_at_a_failure(photos):
     common = f"--data {photos} --image-size 32 --epochs 1 --device cpu"
     good = f"python train_scratch.py {common} --name good"
     bad = "python train_scratch.py --data nowhere --name bad"
-    late = f"python train_scratch.py {common} --name late"
+    late = f"python train_scratch.py {common} --best-of-grid --name late"
     for jobs in ("1", "2"):
         result = subprocess.run(
             [sys.executable, str(ROOT / "run_queue.py"), "--jobs", jobs],
-            input=f"{good}\n\n{bad}\n\n{late}\n",
+            input=f"{good}\n\n{bad}\n{late}\n",
             capture_output=True,
             text=True,
         )

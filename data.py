@@ -188,7 +188,7 @@ def augment(images, theta, color):
 
     images uint8 [B, 3, H, W], theta [B, 2, 3], color [B, 3] -> float32 [B, 3, H, W].
     """
-    images = images.float() / 255
+    images = images.float()
     grid = F.affine_grid(theta, images.shape, align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     # Brightness, contrast (about the image's mean grey), saturation (about each pixel's grey) and
@@ -196,9 +196,10 @@ def augment(images, theta, color):
     device, (brightness, contrast, saturation) = images.device, color.T[:, :, None, None]
     luma, std = LUMA.to(device), PIXEL_STD.to(device)[:, None]
     matrix = saturation * torch.eye(3, device=device) + (1 - saturation) * luma.expand(3, 3)
-    grey = images.mean((2, 3)) @ luma
+    grey = images.mean((2, 3)) @ luma / 255
     offset = brightness * (1 - contrast) * grey[:, None, None] - PIXEL_MEAN.to(device)[:, None]
-    pixels = torch.baddbmm(offset / std, brightness * contrast * matrix / std, images.flatten(2))
+    matrix = brightness * contrast / 255 * matrix / std
+    pixels = torch.baddbmm(offset / std, matrix, images.flatten(2))
     return pixels.view_as(images)
 
 

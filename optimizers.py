@@ -23,7 +23,7 @@ class Muon(torch.optim.Optimizer):
                 update = orthogonalise(update.reshape(len(update), -1))
                 update *= max(1, update.shape[0] / update.shape[1]) ** 0.5
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(group["lr"] * update.view(weight.shape))
+                weight.sub_(update.view(weight.shape), alpha=group["lr"])
 
 
 def orthogonalise(matrix):
@@ -33,15 +33,16 @@ def orthogonalise(matrix):
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         square = x @ x.T
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        polynomial = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, polynomial, x, beta=3.4445)
     return (x.T if tall else x).float()
 
 
 def build_optimizers(model, config, device):
     """Optimizers for what is not frozen. Biases and batch norm are not decayed.
 
-    With Muon it takes the matrices between the first convolution and the last layer, at the
-    learning rate; AdamW takes the rest, at a tenth of it.
+    With Muon it takes the matrices and kernels, at the learning rate; AdamW takes the rest, the
+    last layer and a convolution of the three colours, at a tenth of it.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim > 1]
@@ -49,8 +50,11 @@ def build_optimizers(model, config, device):
     rate, decay = config["learning_rate"], config["weight_decay"]
     optimizers = []
     if config["optimizer"] == "muon":
-        optimizers.append(Muon(matrices[1:-1], lr=rate, weight_decay=decay))
-        matrices, rate, decay = [matrices[0], matrices[-1]], rate / 10, 0.01
+        inner = [matrix for matrix in matrices[:-1] if matrix.shape[1] != 3]
+        if inner:
+            optimizers.append(Muon(inner, lr=rate, weight_decay=decay))
+        matrices = [matrix for matrix in matrices[:-1] if matrix.shape[1] == 3] + matrices[-1:]
+        rate, decay = rate / 10, 0.01
     groups = [
         {"params": matrices, "weight_decay": decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -9,6 +9,7 @@ It opens the photos of train/ and validation/ only.
 """
 
 import contextlib
+import ctypes
 import math
 import platform
 import sys
@@ -59,6 +60,18 @@ def pick_device(name):
         reason = str(error).split("\n")[0]
         raise SystemExit(f"--device {name}: not available here ({reason})") from None
     return device
+
+
+def reuse_memory():
+    """Make the C library keep freed memory for the next step, as the GPU's allocator does.
+
+    Left alone glibc returns each large tensor to the system and gets it back zeroed, page by page:
+    a sixth of a training step on the CPU. Elsewhere this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no memory outside the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the heap
 
 
 def autocast(device, precision):
@@ -267,6 +280,7 @@ def main(argv=None):
     if name is None:
         return
     device = pick_device(config["device"])
+    reuse_memory()
     torch.manual_seed(config["seed"])
     model = models.SCRATCH[config["model"]](len(train.classes), config["dropout"])
     model.to(device, memory_format=MEMORY_FORMAT)

@@ -5,7 +5,12 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
+import pytest
+from PIL import Image
+
 import plot
+from runs import wilson_interval
 
 CLASSES = ["apple_pie", "hot_dog", "ice_cream", "sushi"]
 
@@ -59,20 +64,22 @@ def write_results(output: Path, classes=CLASSES, photos=25, epochs=12, seeds=1) 
                 row = {"file": f"{class_name}/{number}.jpg", "label": label, "predicted": guess}
                 predictions.append(row | {"probability": draw.uniform(0.4, 1)})
         accuracy = sum(matrix[i][i] for i in range(len(classes))) / total
-        interval = list(plot.wilson_interval(accuracy, total))
+        interval = wilson_interval(accuracy, total)
         evaluation = {"name": name, "split": "test", "accuracy": accuracy, "interval_95": interval}
         evaluation |= {"confusion_matrix": matrix, "classes": classes, "predictions": predictions}
         write(f"evaluations/{name}.test.json", evaluation)
         return accuracy, interval
 
-    def choose(label, entries, parameters, trainable):
+    def choose(label, kind, entries, measured=True):
+        """Add the row of a chosen model to the overview; evaluates it on test if `measured`."""
         accuracy = sum(entry["validation_accuracy"] for entry in entries) / len(entries)
-        test, interval = [evaluate(entry["run"], accuracy - 0.03) for entry in entries][0]
-        model = {"label": label, "runs": [entry["run"] for entry in entries]}
-        model |= {"validation_accuracy": accuracy, "test_accuracy": test, "parameters": parameters}
-        model["validation_interval_95"] = list(plot.wilson_interval(accuracy, total))
-        model |= {"test_interval_95": interval, "trainable_parameters": trainable}
-        summary["models"].append(model)
+        row = {"label": label, "kind": kind, "runs": [entry["run"] for entry in entries]}
+        row |= {"parameters": 2_237_963, "trainable_parameters": 14_091}
+        row |= {"validation_accuracy": accuracy, "test_accuracy": None, "test_interval_95": None}
+        row["validation_interval_95"] = wilson_interval(accuracy, total)
+        for name in row["runs"] if measured else []:
+            row["test_accuracy"], row["test_interval_95"] = evaluate(name, accuracy - 0.03)
+        summary["models"].append(row)
 
     for model, top in (("plain", 0.55), ("residual", 0.61)):
         for rate, factor in ((0.0003, 0.8), (0.001, 1), (0.03, 0.1)):
@@ -82,17 +89,122 @@ def write_results(output: Path, classes=CLASSES, photos=25, epochs=12, seeds=1) 
                 setting = {"rate": rate, "batch": batch, "chosen": chosen}
                 entries = [add("grid", name, model, top * factor, **setting) for name in names]
                 if chosen:
-                    choose(f"{model} CNN", entries, 1_250_000, 1_250_000)
+                    choose(f"{model} CNN", "scratch", entries)
                     summary["dropout"] += entries
         for dropout in (0.3, 0.5):
-            add("dropout", f"{model}-d{dropout}", model, top - dropout / 5, 0.001, 32, dropout)
-    for model, top in (("mobilenet_v2", 0.85), ("mobilenet_v3_small", 0.8), ("shufflenet", 0.78)):
-        for unfreeze in (0, 2):
+            entry = add(
+                "dropout", f"{model}-d{dropout}", model, top - dropout / 5, 0.001, 32, dropout
+            )
+            choose(f"{model} CNN, dropout {dropout}", "scratch", [entry], measured=False)
+    for unfreeze in (0, 2):
+        for model, top in (("mobilenet_v2", 0.85), ("mobilenet_v3_small", 0.8)):
             for rate in (0.001, 0.01):
-                chosen = rate == 0.001
-                name, setting = f"{model}-u{unfreeze}-{rate}", {"rate": rate, "chosen": chosen}
-                reached = top + unfreeze / 40 - rate
-                entry = add("transfer", name, model, reached, unfreeze=unfreeze, **setting)
+                name, chosen = f"{model}-u{unfreeze}-{rate}", rate == 0.001
+                setting = {"rate": rate, "chosen": chosen, "unfreeze": unfreeze}
+                entry = add("transfer", name, model, top + unfreeze / 40 - rate, **setting)
                 if chosen:
-                    choose(plot.setting_name(entry).replace("\n", ", "), [entry], 2_237_963, 14_091)
+                    choose(plot.setting_name(entry).replace("\n", ", "), "finetune", [entry])
     write("summary.json", summary)
+
+
+FIGURES = {
+    "curves_plain",
+    "curves_residual",
+    "curves_transfer",
+    "grid_heatmap",
+    "dropout",
+    "transfer",
+    "overview",
+    "confusion_plain-0.001-32-s0_test",
+    "confusion_residual-0.001-32-s0_test",
+    "confusion_mobilenet_v2-u0-0.001_test",
+    "confusion_mobilenet_v2-u2-0.001_test",
+    "confusion_mobilenet_v3_small-u0-0.001_test",
+    "confusion_mobilenet_v3_small-u2-0.001_test",
+}
+
+
+def drawn(output: Path) -> set[str]:
+    """Names of the figures in `output`; each must show something, and nothing cut at its edges."""
+    for path in (output / "figures").iterdir():
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("RGB"))
+            assert image.format == "PNG"
+        assert pixels.shape[0] > 200 and pixels.shape[1] > 400 and pixels.std() > 5, path
+        pixels[2:-2, 2:-2] = 255
+        assert pixels.min() == 255, f"{path}: something is cut off"
+    return {path.stem for path in (output / "figures").iterdir()}
+
+
+def test_every_figure_is_drawn_the_same_each_time(tmp_path):
+    write_results(tmp_path, seeds=2)
+    plot.main(["--output", str(tmp_path)])
+    assert drawn(tmp_path) == FIGURES
+    first = {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    plot.main(["--output", str(tmp_path)])
+    assert all(path.read_bytes() == content for path, content in first.items())
+
+
+def test_mistakes_are_shown_where_the_photos_are(tmp_path):
+    write_results(tmp_path)
+    for name in CLASSES:
+        (tmp_path / "photos/test" / name).mkdir(parents=True)
+        for number in range(20):  # of 25: the others are missing
+            photo = Image.new("RGB", (60, 30 + number), (200, 10 * number, 40))
+            orientation = photo.getexif()
+            orientation[0x0112] = 6  # lies on its side
+            photo.save(tmp_path / "photos/test" / name / f"{number}.jpg", exif=orientation)
+        (tmp_path / "photos/test" / name / "3.jpg").write_bytes(b"not a photo")
+    plot.main(["--output", str(tmp_path), "--data", str(tmp_path / "photos")])
+    sheets = {"mistakes_residual-0.001-32-s0", "mistakes_mobilenet_v2-u2-0.001"}
+    assert drawn(tmp_path) == FIGURES | sheets  # the best from scratch and the best pre-trained
+
+
+def test_a_photo_is_turned_upright(tmp_path, monkeypatch):
+    photo = Image.new("RGB", (60, 30), "red")
+    orientation = photo.getexif()
+    orientation[0x0112] = 6
+    (tmp_path / "test").mkdir()
+    photo.save(tmp_path / "test/a.jpg", exif=orientation)
+    sizes = []
+    monkeypatch.setattr(plot, "save", lambda figure, *_: sizes.append(figure.axes[0].images[0]))
+    wrong = {"file": "a.jpg", "label": 0, "predicted": 1, "probability": 0.9}
+    evaluation = {"classes": ["a", "b"], "predictions": [wrong], "split": "test"}
+    plot.draw_mistakes(tmp_path / "x.png", evaluation, "any", tmp_path)
+    assert sizes[0].get_array().shape == (60, 30, 3)
+
+
+def test_stages_that_have_not_run_are_skipped(tmp_path, capsys):
+    write_results(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary |= {"transfer": [], "dropout": [], "models": []}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    plot.main(["--output", str(tmp_path)])
+    assert drawn(tmp_path) == {"curves_plain", "curves_residual", "grid_heatmap"}
+    skipped = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    assert len(skipped) == 3
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"grid": [{}]}'])
+def test_bad_summary_ends_in_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(SystemExit, match="summary.json") as stop:
+        plot.main(["--output", str(tmp_path)])
+    assert len(str(stop.value).splitlines()) == 1
+
+
+def test_a_lost_run_is_named(tmp_path):
+    write_results(tmp_path)
+    (tmp_path / "runs/plain-0.0003-32-s0.json").unlink()
+    with pytest.raises(SystemExit, match="plain-0.0003-32-s0.*summary.py"):
+        plot.main(["--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "classes", (["cat", "dog"], [f"a_rather_long_name_{i}" for i in range(30)])
+)
+def test_few_and_many_classes_fit(tmp_path, classes):
+    write_results(tmp_path, classes, photos=130, epochs=1)
+    plot.main(["--output", str(tmp_path)])
+    assert drawn(tmp_path) == FIGURES

@@ -143,6 +143,13 @@ def test_training_on_kept_features_equals_ordinary_training(photos, backbone, co
     assert all(run["frozen_unchanged"] is True for run in results.values())
 
 
+@pytest.mark.parametrize("count", ["0", "3"])
+def test_fine_tuning_works_with_muon(photos, count):
+    flags = ["--data", str(photos), *FINETUNE, "--epochs", "1", "--optimizer", "muon"]
+    finetune.main([*flags, "--unfreeze-convolutions", count])
+    assert len(runs.read_runs("results")) == 1
+
+
 def test_several_learning_rates_are_runs_of_their_own(photos):
     flags = ["--data", str(photos), *FINETUNE, "--epochs", "1", "--learning-rate", "0.01", "0.02"]
     finetune.main(flags)

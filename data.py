@@ -7,8 +7,11 @@
 A data folder holds train/, validation/ and test/, each with one folder of photos per class.
 """
 
+import contextlib
+import functools
 import hashlib
 import io
+import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 import runs
 
@@ -28,7 +31,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 PIXEL_MEAN = torch.tensor([0.485, 0.456, 0.406])
 PIXEL_STD = torch.tensor([0.229, 0.224, 0.225])
 LUMA = torch.tensor([0.299, 0.587, 0.114])
-CACHE_FORMAT = 1  # raise it when decode() changes, so that old cache files are not used
+CACHE_FORMAT = 2  # raise it when decode() changes, so that old cache files are not used
 
 
 class Split(NamedTuple):
@@ -71,7 +74,9 @@ def list_photos(directory):
             found = sorted(
                 f"{name}/{entry.name}"
                 for entry in os.scandir(folder / name)
-                if Path(entry.name).suffix.lower() in SUFFIXES and entry.name[0] != "."
+                if Path(entry.name).suffix.lower() in SUFFIXES
+                and entry.name[0] != "."
+                and not entry.is_dir()
             )
             if not found:
                 raise SystemExit(f"{folder / name}: no photos. Add some or remove the class.")
@@ -90,11 +95,19 @@ def decode(path, image_size):
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.draft("RGB", (image_size, image_size))  # a JPEG decodes to 1/2, 1/4, 1/8 cheaply
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            image = image.convert("RGB")
             width, height = image.size
             left, top = (width - min(image.size)) / 2, (height - min(image.size)) / 2
             square = (left, top, width - left, height - top)
             image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=square)
+    except UnidentifiedImageError:
+        raise OSError("not a photo") from None
     except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(error) from error
     return np.asarray(image).transpose(2, 0, 1), hashlib.sha256(content).digest()
@@ -112,17 +125,25 @@ def load_split(directory, split, image_size, cache=".cache"):
     files, root, cache = files[split], Path(directory) / split, Path(cache)
     key = hashlib.sha256(f"{CACHE_FORMAT} {image_size}".encode())
     for name in files:
-        status = (root / name).stat()
-        key.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        try:
+            status = (root / name).stat()
+        except OSError as error:
+            raise SystemExit(f"unreadable photo {root / name} ({error.strerror}).") from None
+        key.update(os.fsencode(f"{name} {status.st_size} {status.st_mtime_ns}\n"))
     map_file = cache / f"{split}-{image_size}-{key.hexdigest()[:20]}.npy"
     meta_file = map_file.with_suffix(".json")
-    if not meta_file.exists():  # written last: with it the map is whole
-        fingerprint = write_map(root, files, image_size, map_file)
-        runs.write_json(meta_file, {"fingerprint": fingerprint, "photos": len(files)})
-    # Mode "c": a private map; torch wants a writable array, and the file itself stays as it is.
-    images = torch.from_numpy(np.load(map_file, mmap_mode="c"))
     labels = torch.tensor([classes.index(name.split("/")[0]) for name in files])
-    return Split(images, labels, files, classes, runs.read_json(meta_file)["fingerprint"])
+    for _ in range(2):
+        with contextlib.suppress(OSError, ValueError, EOFError, KeyError, TypeError):
+            fingerprint = json.loads(meta_file.read_text())["fingerprint"]
+            # Mode "c" is a private map: torch wants a writable array, the file stays as it is.
+            images = np.load(map_file, mmap_mode="c")
+            if images.shape == (len(files), 3, image_size, image_size):
+                return Split(torch.from_numpy(images), labels, files, classes, fingerprint)
+        # Not there yet, or damaged. The small file is written last: with it the map is whole.
+        fingerprint = write_map(root, files, image_size, map_file)
+        runs.write_json(meta_file, {"fingerprint": fingerprint})
+    raise SystemExit(f"{map_file}: cannot be read. Choose another --cache.")
 
 
 def write_map(root, files, image_size, map_file):
@@ -145,7 +166,7 @@ def write_map(root, files, image_size, map_file):
             for name, result in zip(chunk, pool.map(read, chunk), strict=True):
                 if result is not None:
                     file.write(result[0].tobytes())
-                    fingerprint.update(name.encode() + result[1])
+                    fingerprint.update(os.fsencode(name) + result[1])
         if unreadable:
             raise SystemExit(
                 f"unreadable photo {unreadable[0]}, {len(unreadable)} in all: remove or replace "
@@ -183,6 +204,12 @@ def draw_augmentation(count, generator, crop_scale, rotation, jitter, flip):
     return torch.stack(rows, 1).view(count, 2, 3), (1 + jitter * (2 * random[6:] - 1)).T
 
 
+@functools.cache
+def constants(device):
+    """Mean [3, 1], deviation [3, 1], luma [3] and identity [3, 3], moved to the device once."""
+    return [c.to(device) for c in (PIXEL_MEAN[:, None], PIXEL_STD[:, None], LUMA, torch.eye(3))]
+
+
 def augment(images, theta, color):
     """Crop, scale, flip, rotate, jitter and normalise a batch, each image with its own parameters.
 
@@ -193,11 +220,11 @@ def augment(images, theta, color):
     images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     # Brightness, contrast (about the image's mean grey), saturation (about each pixel's grey) and
     # normalisation are all linear in the pixel: one 3x3 matrix and one offset per image.
-    device, (brightness, contrast, saturation) = images.device, color.T[:, :, None, None]
-    luma, std = LUMA.to(device), PIXEL_STD.to(device)[:, None]
-    matrix = saturation * torch.eye(3, device=device) + (1 - saturation) * luma.expand(3, 3)
+    brightness, contrast, saturation = color.T[:, :, None, None]
+    mean, std, luma, identity = constants(images.device)
+    matrix = saturation * identity + (1 - saturation) * luma.expand(3, 3)
     grey = images.mean((2, 3)) @ luma / 255
-    offset = brightness * (1 - contrast) * grey[:, None, None] - PIXEL_MEAN.to(device)[:, None]
+    offset = brightness * (1 - contrast) * grey[:, None, None] - mean
     matrix = brightness * contrast / 255 * matrix / std
     pixels = torch.baddbmm(offset / std, matrix, images.flatten(2))
     return pixels.view_as(images)
@@ -205,8 +232,8 @@ def augment(images, theta, color):
 
 def normalise(images):
     """uint8 [B, 3, H, W] -> float32 [B, 3, H, W] with ImageNet's mean and deviation."""
-    mean, std = (v.to(images.device)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
-    return (images.float() / 255 - mean) / std
+    mean, std, _, _ = constants(images.device)
+    return (images.float() / 255 - mean[:, None]) / std[:, None]
 
 
 class Loader:
@@ -258,19 +285,8 @@ class Loader:
         self.epoch += 1
 
 
-def print_counts(classes, files):
-    """Print how many photos each class has in each split."""
-    width = max(len(name) for name in classes) + 2
-    print(f"{'class':{width}}" + "".join(f"{split:>12}" for split in files))
-    for name in classes:
-        numbers = [sum(f.startswith(f"{name}/") for f in files[split]) for split in files]
-        print(f"{name:{width}}" + "".join(f"{n:12}" for n in numbers))
-    print(f"{'all':{width}}" + "".join(f"{len(files[split]):12}" for split in files))
-
-
 def main(argv=None):
-    import demo  # these two load matplotlib, for which training has no use
-    import photos
+    from tools import demo, photos  # with matplotlib, for which training has no use
 
     parser = runs.Parser(__doc__)
     runs.add_place_flags(parser)
@@ -284,46 +300,10 @@ def main(argv=None):
         photos.download_food11(directory, Path(arguments.cache))
     elif arguments.demo:
         demo.draw_demo(directory)
-    classes, files = list_photos(directory)
-    print_counts(classes, files)
-    paths = [directory / split / name for split in files for name in files[split]]
-    sizes, hashes, errors = photos.scan_photos(paths)
-    read = sizes[sizes.all(axis=1)]
-    if len(read):
-        low, middle, high = read.min(0), np.median(read, axis=0).astype(int), read.max(0)
-        print(f"width {low[0]} to {high[0]} px, median {middle[0]}; "
-              f"height {low[1]} to {high[1]} px, median {middle[1]}")  # fmt: skip
-    splits = [split for split in files for _ in files[split]]
-    pairs = photos.near_duplicates(hashes, splits)
-    print(f"{len(pairs)} near-duplicate pairs across splits (a leak: keep one photo of each)")
-    for i, j, distance in pairs:
-        print(f"  {paths[i]}  {paths[j]}  ({distance} of 256 bits differ)")
-    print(f"{len(errors)} unreadable files")
-    for path, reason in errors:
-        print(f"  {path}: {reason}")
-    if errors:
-        raise SystemExit("remove or replace the unreadable files: training would stop at them")
-    sheet = output / "figures" / "photos.png"
-    photos.contact_sheet(sheet_rows(directory, classes, files["train"], 96), sheet)
-    print(f"wrote {sheet}")
+    photos.check(directory, output / "figures" / "photos.png")
     for size in arguments.image_size:
         for split in ("train", "validation"):
             load_split(directory, split, size, arguments.cache)
-
-
-def sheet_rows(directory, classes, files, image_size, count=4):
-    """Rows for photos.contact_sheet: the first photos of each class, plain and augmented."""
-    generator, rows = torch.Generator().manual_seed(0), {}
-    for name in classes:
-        chosen = [file for file in files if file.startswith(f"{name}/")][:count]
-        chosen = (chosen * count)[:count]  # a class with fewer photos repeats them
-        stored = [decode(directory / "train" / file, image_size)[0] for file in chosen]
-        images = torch.from_numpy(np.stack(stored))
-        view = draw_augmentation(count, generator, **runs.SCRATCH_AUGMENTATION)
-        shown = augment(images, *view) * PIXEL_STD[:, None, None] + PIXEL_MEAN[:, None, None]
-        shown = (shown.clamp(0, 1) * 255).byte()
-        rows[name] = (images.permute(0, 2, 3, 1).numpy(), shown.permute(0, 2, 3, 1).numpy())
-    return rows
 
 
 if __name__ == "__main__":

@@ -70,10 +70,10 @@ def load_model(output, name, device):
     except FileNotFoundError:
         known = ", ".join(p.stem for p in sorted(path.parent.glob("*.pt"))) or "none"
         raise SystemExit(f"no checkpoint {path}. Finished runs there: {known}.") from None
-    except (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, AttributeError,
+            pickle.UnpicklingError):  # fmt: skip
         raise SystemExit(
-            f"{path} is damaged or of another version ({reason}). Delete it and train again."
+            f"{path} is damaged or of another version. Delete it and train again."
         ) from None
     return model.to(device, memory_format=train_scratch.MEMORY_FORMAT).eval(), checkpoint
 
@@ -86,7 +86,7 @@ def predict(model, images, context, flip=False):
     """
     with context:
         logits = model(images.contiguous(memory_format=train_scratch.MEMORY_FORMAT))
-    probabilities = logits.float().softmax(1)
+    probabilities = logits.float().nan_to_num().softmax(1)  # a diverged run gives no numbers
     if flip:
         probabilities = (probabilities + predict(model, images.flip(3), context)) / 2
     return probabilities
@@ -141,7 +141,14 @@ def classify_photos(name, arguments, device):
 def main(argv=None):
     parser = runs.Parser(__doc__)
     runs.add_place_flags(parser)
-    parser.add_argument("--run", nargs="+", metavar="NAME", default=[], help="finished runs")
+    parser.add_argument(
+        "--run",
+        type=runs.run_name_type,
+        nargs="+",
+        metavar="NAME",
+        default=[],
+        help="finished runs",
+    )
     parser.add_argument("--chosen", action="store_true", help="the runs chosen in summary.json")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--flip", action="store_true", help="average over photo and mirror image")
@@ -149,7 +156,7 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     names = list(arguments.run)
     if arguments.chosen:
-        summary = runs.read_json(Path(arguments.output, "summary.json"))
+        summary = runs.read_json(Path(arguments.output, "summary.json"), "models")
         names += [name for model in summary["models"] for name in model["runs"]]
     if not names:
         parser.error("name the runs to evaluate with --run, or give --chosen")

@@ -127,9 +127,7 @@ def load_torchvision(name, weights):
         return get_model(name, weights=None)
     try:
         if Path(weights).is_file():
-            network = get_model(name, weights=None)
-            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-            return network
+            return load_weights_file(get_model(name, weights=None), name, weights)
         return get_model(name, weights=get_model_weights(name)[weights])
     except KeyError:
         known = ", ".join(entry.name for entry in get_model_weights(name))
@@ -140,10 +138,19 @@ def load_torchvision(name, weights):
             "a folder that has them in hub/checkpoints, or give --weights FILE or none."
         ) from None
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        place = weights if Path(weights).is_file() else f"{torch.hub.get_dir()}/checkpoints"
-        raise SystemExit(f"the weights of {name} in {place} cannot be read ({reason}). "
-                         "Delete that file to fetch it again.") from None  # fmt: skip
+        reason, folder = str(error).strip().split("\n")[0], f"{torch.hub.get_dir()}/checkpoints"
+        raise SystemExit(f"the weights of {name} in {folder} cannot be read ({reason}). "
+                         "Delete them there to fetch them again.") from None  # fmt: skip
+
+
+def load_weights_file(network, name, file):
+    """Load torchvision's state dict of `network` from a file; exits with one line if it is none."""
+    try:
+        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, AttributeError,
+            pickle.UnpicklingError):  # fmt: skip
+        raise SystemExit(f"--weights {file}: not a state dict of torchvision's {name}.") from None
+    return network
 
 
 def main_convolutions(model):

@@ -28,6 +28,9 @@ JOBS=${JOBS:-1}                                # runs at a time, spread over the
 DEVICE=${DEVICE:-auto}                         # auto, cuda, mps or cpu
 PYTHON=${PYTHON:-python3}
 
+trap 'exit 130' INT  # Ctrl-C ends the study, not just the stage
+checked= layers=
+trap 'rm -f "${checked:+$checked.new}" "${layers:+$layers.new}"' EXIT
 fail() { echo "run_all.sh: $*" >&2; exit 1; }
 stage() {  # announce a stage and note when it began
   stages+=("$1") && began+=("$SECONDS")
@@ -58,7 +61,10 @@ esac
 [[ $# -le 1 ]] || fail "one argument at most; settings are environment variables"
 
 # The training commands, one a line.
-common() { echo "--data $DATA --output $OUT --epochs $EPOCHS --seed $1 --device $DEVICE"; }
+quote() { printf "'%s'" "${1//\'/\'\\\'\'}"; }  # a path may hold spaces
+common() {
+  echo "--data $(quote "$DATA") --output $(quote "$OUT") --epochs $EPOCHS --seed $1 --device $DEVICE"
+}
 
 grid() {  # both networks x learning rates x batch sizes
   for seed in $SEEDS; do for model in plain residual; do
@@ -76,7 +82,7 @@ dropouts() {  # dropout on the best of each network; the best is looked up when 
 }
 transfers() {  # FC only and last two convolutions + FC; each tries every learning rate
   for seed in $SEEDS; do for backbone in $BACKBONES; do for last in 0 2; do
-    echo "python finetune.py --backbone $backbone --weights $WEIGHTS" \
+    echo "python finetune.py --backbone $backbone --weights $(quote "$WEIGHTS")" \
       "--unfreeze-convolutions $last --learning-rate $FINETUNE_LEARNING_RATES" \
       "--image-size $FINETUNE_IMAGE_SIZE $(common "$seed")"
   done; done; done
@@ -111,24 +117,24 @@ checked=$OUT/photos.txt  # what the check printed; made again when a photo is ne
 if [[ $DEMO || ! -f $checked || $(find -L "$DATA" -newer "$checked" -print -quit) ]]; then
   "$PYTHON" data.py ${DEMO:+--demo} --data "$DATA" --output "$OUT" \
     --image-size "$IMAGE_SIZE" "$FINETUNE_IMAGE_SIZE" > "$checked.new" ||
-    { cat "$checked.new"; rm "$checked.new"; fail "the photos in $DATA need a look"; }
+    { cat "$checked.new"; fail "the photos in $DATA need a look"; }
   mv "$checked.new" "$checked"
 fi
 cat "$checked"
 
 stage "networks"
-layers=$OUT/layers-$WEIGHTS-$(echo "$BACKBONES" | tr -s ' /' '-').txt
+layers=$OUT/layers-$(echo "$WEIGHTS-$BACKBONES" | tr -s ' /' '-').txt
 if [[ ! -f $layers ]]; then  # every network layer by layer; this also fetches the weights
   # shellcheck disable=SC2086
   "$PYTHON" models.py plain residual $BACKBONES --weights "$WEIGHTS" > "$layers.new" ||
-    { rm "$layers.new"; fail "no network to fine-tune; see above"; }
+    { fail "no network to fine-tune; see above"; }
   mv "$layers.new" "$layers"
 fi
 echo "layer by layer in $layers"
 
 # 3. Training: transfer runs, the grid, then dropout on the best of the grid.
 stage "training"
-commands | "$PYTHON" run_queue.py --jobs "$JOBS" ||
+commands | "$PYTHON" -m tools.run_queue --jobs "$JOBS" ||
   fail "training stopped at the run above; finished runs are kept, the next call goes on"
 
 # 4. The best of each by validation accuracy; only these see the test split.

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -55,7 +56,7 @@ def number(kind, low, high=math.inf):
     def convert(text):
         try:
             value = kind(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             value = math.nan
         if not (math.isfinite(value) and low <= value <= high):
             limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
@@ -64,6 +65,15 @@ def number(kind, low, high=math.inf):
         return value
 
     return convert
+
+
+def run_name_type(text):
+    """An argparse type: a name that is one file name in the results folder."""
+    if not re.fullmatch(r"\w[\w.+ -]{0,199}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no name of a run: letters, digits and . + - _ only, at most 200"
+        )
+    return text
 
 
 def add_place_flags(parser):
@@ -78,8 +88,10 @@ def add_training_flags(parser, **defaults):
     """The flags of the training loop, the same in both training scripts, and run-specific ones."""
     integer, real, flag = number(int, 1), number(float, 0), parser.add_argument
     add_place_flags(parser)
-    flag("--name", help="name of the run; built from the settings when not given")
-    flag("--image-size", type=number(int, 32), help="side of the square photos, pixels")
+    flag(
+        "--name", type=run_name_type, help="name of the run; built from the settings when not given"
+    )
+    flag("--image-size", type=number(int, 32, 2048), help="side of the square photos, pixels")
     flag("--epochs", type=integer, default=50, help="times each photo is seen")
     flag("--batch-size", type=integer, help="photos per step")
     flag("--learning-rate", type=number(float, 1e-12), help="highest learning rate")
@@ -95,7 +107,12 @@ def add_training_flags(parser, **defaults):
     flag("--rotation", type=number(float, 0, 180), help="largest rotation, degrees")
     flag("--jitter", type=number(float, 0, 1), help="largest change of brightness, contrast and "
          "saturation, as a fraction")  # fmt: skip
-    flag("--seed", type=number(int, 0), default=0, help="of weights, order and augmentation")
+    flag(
+        "--seed",
+        type=number(int, 0, 2**31 - 1),
+        default=0,
+        help="of weights, order and augmentation",
+    )
     flag("--precision", choices=("auto", "bfloat16", "float32"), default="auto",
          help="auto: bfloat16 where the device computes in it")  # fmt: skip
     parser.set_defaults(**defaults)
@@ -157,10 +174,13 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=1, allow_nan=False).encode() + b"\n")
 
 
-def read_json(path):
-    """Read JSON; exits with one line if the file is missing or broken."""
+def read_json(path, *keys):
+    """Read a JSON object that has `keys`; exits with one line if it is missing or broken."""
     try:
-        return json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text())
+        if not isinstance(content, dict) or not content.keys() >= set(keys):
+            raise ValueError(f"not an object with {', '.join(keys)}")
+        return content
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such file. Run the step that writes it first.") from None
     except (OSError, ValueError) as error:
@@ -169,17 +189,25 @@ def read_json(path):
 
 def read_runs(output):
     """All finished runs under output/runs: name -> content, sorted by name."""
-    return {path.stem: read_json(path) for path in sorted(Path(output).glob("runs/*.json"))}
+    keys = ("name", "kind", "config", "data", "model", "history", "best", "seconds")
+    return {
+        path.stem: read_json(path, *keys) for path in sorted(Path(output, "runs").glob("*.json"))
+    }
 
 
 def finished(output, name, config, fingerprint):
-    """Return the run's content if it is finished with these settings on these photos, else None."""
+    """Whether the run is finished with these settings on these photos.
+
+    Exits with one line if its name is taken by a run with others: nothing finished is overwritten.
+    """
     path = Path(output, "runs", f"{name}.json")
     if not path.exists() or not Path(output, "checkpoints", f"{name}.pt").exists():
-        return None
-    run = read_json(path)
-    same = settings(run["config"]) == settings(config)
-    return run if same and run["data"]["fingerprint"] == fingerprint else None
+        return False
+    run = read_json(path, "config", "data")
+    if settings(run["config"]) == settings(config) and run["data"]["fingerprint"] == fingerprint:
+        return True
+    raise SystemExit(f"{path} is a run with other settings or photos: give another --output or "
+                     "--name, or delete it.")  # fmt: skip
 
 
 def best_setting(runs):
@@ -190,24 +218,30 @@ def best_setting(runs):
     groups = {}
     for run in runs:
         key = run["config"]["learning_rate"], run["config"]["batch_size"]
-        groups.setdefault(key, []).append(run["best"])
+        best = run["best"]
+        if best["validation_loss"] is None:  # diverged
+            best = best | {"validation_loss": math.inf}
+        groups.setdefault(key, []).append(best)
 
     def mean_best(key):
         bests = groups[key]
         accuracy = sum(best["validation_accuracy"] for best in bests) / len(bests)
-        return accuracy, -sum(best["validation_loss"] or math.inf for best in bests) / len(bests)
+        return accuracy, -sum(best["validation_loss"] for best in bests) / len(bests)
 
     return max(sorted(groups), key=mean_best)
 
 
-def grid_of(runs, config):
-    """The runs without dropout that differ from `config` only in what the grid varies."""
+def grid_of(runs, config, fingerprint):
+    """The runs without dropout, on the photos of `fingerprint`, that differ from `config` only in
+    what the grid varies."""
     vary = ("learning_rate", "batch_size", "dropout", "seed")
     wanted = settings(config, vary)
     return [
         run
         for run in runs.values()
-        if settings(run["config"], vary) == wanted and run["config"]["dropout"] == 0
+        if settings(run["config"], vary) == wanted
+        and run["config"]["dropout"] == 0
+        and run["data"]["fingerprint"] == fingerprint
     ]
 
 
@@ -225,14 +259,23 @@ def wilson_interval(accuracy, total):
 
 def run_main(main):
     """Call a script's main(); end with one line instead of a traceback where the user is to act."""
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("\ninterrupted: finished runs are kept, start again to go on", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        sys.exit(f"{error.filename or 'output'}: {error.strerror or error}")
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        sys.exit("batch norm cannot train on one photo at a time: choose a larger --batch-size")
     except MemoryError:
         sys.exit("out of memory: choose a smaller --batch-size or --image-size")
     except RuntimeError as error:

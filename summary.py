@@ -47,7 +47,8 @@ def largest_group(members, vary):
     """The runs that differ in nothing but `vary`; the largest such group if there are several."""
     groups = {}
     for run in members:
-        groups.setdefault(runs.settings(run["config"], vary), []).append(run)
+        key = runs.settings(run["config"], vary), run["data"]["fingerprint"]
+        groups.setdefault(key, []).append(run)
     return max(groups.values(), key=len, default=[])
 
 
@@ -86,7 +87,7 @@ def spread(values):
 def read_evaluation(output, name, split="test"):
     """The content of an evaluation's JSON, or None if it has not been made."""
     path = Path(output, "evaluations", f"{name}.{split}.json")
-    return runs.read_json(path) if path.exists() else None
+    return runs.read_json(path, "accuracy", "predictions") if path.exists() else None
 
 
 def compare(rows, output):
@@ -99,6 +100,8 @@ def compare(rows, output):
     comparisons = []
     for a, b in itertools.combinations(right, 2):
         files = sorted(right[a].keys() & right[b].keys())
+        if not files:
+            continue
         pair = [[right[label][file] for file in files] for label in (a, b)]
         difference, interval, p_value = mcnemar(*pair)
         line = {"a": a, "b": b, "difference": difference, "interval_95": interval}

@@ -10,6 +10,7 @@ It opens the photos of train/ and validation/ only.
 
 import contextlib
 import ctypes
+import io
 import math
 import platform
 import sys
@@ -55,7 +56,7 @@ def pick_device(name):
         return torch.accelerator.current_accelerator() if found else torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise SystemExit(f"--device {name}: not available here ({reason})") from None
@@ -231,8 +232,10 @@ def save(kind, name, config, described, model, result, start, device, **more):
     history, best, best_state = result
     content = {"state": best_state, "config": config, "kind": kind, "name": name}
     content |= {"classes": described["classes"]}
+    buffer = io.BytesIO()  # torch.save would turn a full disk into an error of its own
+    torch.save(content, buffer)
     with runs.atomic_file(Path(config["output"], "checkpoints", f"{name}.pt")) as file:
-        torch.save(content, file)
+        file.write(buffer.getbuffer())
     training = sum(entry["seconds"] for entry in history)
     photos = sum(described["counts"]["train"].values()) * len(history)
     content = {"name": name, "kind": kind, "config": config, "data": described}
@@ -259,7 +262,15 @@ def start_run(parser, config, prefix):
         for split in ("train", "validation")
     ]
     described = describe_data(config, splits)
+    if config.pop("best_of_grid", False):
+        grid = runs.grid_of(runs.read_runs(config["output"]), config, described["fingerprint"])
+        if not grid:
+            raise SystemExit(f"--best-of-grid: {config['output']} has no finished run of "
+                             f"{config['model']} with these settings.")  # fmt: skip
+        config["learning_rate"], config["batch_size"] = runs.best_setting(grid)
     name = config["name"] or runs.run_name(parser, config, prefix)
+    with runs.atomic_file(Path(config["output"], "checkpoints", ".writable")):
+        pass  # rather fail now than after the last epoch
     if runs.finished(config["output"], name, config, described["fingerprint"]):
         print(f"{name}: finished before with the same settings and photos, not run again")
         name = None
@@ -270,12 +281,6 @@ def main(argv=None):
     start = time.perf_counter()
     parser = build_parser()
     config = vars(parser.parse_args(argv))
-    if config.pop("best_of_grid"):
-        grid = runs.grid_of(runs.read_runs(config["output"]), config)
-        if not grid:
-            raise SystemExit(f"--best-of-grid: {config['output']} has no finished run of "
-                             f"{config['model']} with these settings.")  # fmt: skip
-        config["learning_rate"], config["batch_size"] = runs.best_setting(grid)
     train, validation, described, name = start_run(parser, config, config["model"])
     if name is None:
         return

@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -50,6 +51,28 @@ def test_a_second_start_reads_the_map_and_a_changed_photo_is_noticed(photos, tmp
     other = data.load_split(directory, "train", 32)
     assert other.fingerprint != first.fingerprint
     assert (other.images[28] > 250).all()
+
+
+@pytest.mark.parametrize("suffix", ["npy", "json"])
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"damaged"])
+def test_a_damaged_cache_is_made_again(photos, tmp_path, suffix, content):
+    first = data.load_split(photos, "validation", 32)
+    pixels = first.images.clone()
+    (path,) = tmp_path.glob(f".cache/*.{suffix}")
+    path.unlink() if content is None else path.write_bytes(content)
+    again = data.load_split(photos, "validation", 32)
+    assert torch.equal(pixels, again.images) and first.fingerprint == again.fingerprint
+
+
+def test_unusual_photos_are_read_as_a_person_sees_them(tmp_path):
+    grey = (np.linspace(0, 1, 64) * 65535).astype(np.uint16)[None].repeat(64, 0)
+    Image.fromarray(grey).save(tmp_path / "16bit.png")
+    assert 100 < data.decode(tmp_path / "16bit.png", 32)[0].mean() < 155
+    Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert data.decode(tmp_path / "clear.png", 32)[0].min() == 255
+    for mode, name in (("CMYK", "a.jpg"), ("P", "b.gif"), ("L", "c.jpg"), ("1", "d.png")):
+        Image.new(mode, (50, 7)).save(tmp_path / name)
+        assert data.decode(tmp_path / name, 32)[0].shape == (3, 32, 32)
 
 
 def test_the_fingerprint_does_not_depend_on_the_path(photos, tmp_path):

@@ -98,6 +98,21 @@ def test_evaluation_summary_and_classification_of_a_real_run(photos, capsys):
     assert capsys.readouterr().out.split(": ")[1].startswith("green ")
 
 
+def test_a_diverged_run_can_be_evaluated_and_summarised(photos):
+    flags = ["--data", str(photos), *TINY, "--epochs", "1", "--optimizer", "sgd"]
+    train_scratch.main([*flags, "--learning-rate", "1e30", "--name", "lost"])
+    summary.main([])
+    evaluate.main(["--data", str(photos), "--chosen", "--split", "test", "--device", "cpu"])
+    summary.main([])
+    assert runs.read_json("results/summary.json")["models"][0]["test_accuracy"] <= 0.5
+
+
+def test_runs_on_other_photos_are_not_taken_for_seeds():
+    config = {"learning_rate": 1, "batch_size": 2, "seed": 0}
+    members = [{"config": config, "data": {"fingerprint": f}} for f in ("a", "b", "b")]
+    assert summary.largest_group(members, ("seed",)) == members[1:]
+
+
 def test_a_damaged_checkpoint_is_one_clear_line(photos):
     train_scratch.main(["--data", str(photos), *TINY, "--epochs", "1", "--name", "one"])
     path = Path("results/checkpoints/one.pt")

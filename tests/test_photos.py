@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-import demo
-import photos
+from tools import demo, photos
 
 COUNTS = {"train": 4, "validation": 2, "test": 2}
 

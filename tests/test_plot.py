@@ -45,7 +45,8 @@ def write_results(output: Path, classes=CLASSES, photos=25, epochs=12, seeds=1) 
         best = max(history, key=lambda row: row["validation_accuracy"])
         shared = {key: best[key] for key in ("epoch", "validation_accuracy", "validation_loss")}
         counts = {split: dict.fromkeys(classes, photos) for split in ("validation", "test")}
-        run = {"name": name, "history": history, "best": shared}
+        run = {"name": name, "history": history, "best": shared, "seconds": 60}
+        run |= {"kind": "scratch", "config": {}, "model": {}}
         write(f"runs/{name}.json", run | {"data": {"classes": classes, "counts": counts}})
         entry = {"run": name, "model": model, "learning_rate": rate, "batch_size": batch}
         entry |= {"dropout": dropout, "seed": 0, "chosen": chosen, "seconds": 60, **shared}

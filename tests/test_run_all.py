@@ -1,6 +1,7 @@
 """One command runs the whole study, and a second call has nothing left to do."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ def clone(tmp_path):
     """The tracked kind of files alone, as in a fresh clone."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), ROOT / "requirements.txt"]:
         shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
     return tmp_path
 
 
@@ -55,6 +57,13 @@ def test_list_prints_the_training_commands_and_runs_nothing(clone):
     assert len(lines) == 2 * (12 + 4 + 6)
     assert all(line.startswith(("python train_scratch.py", "python finetune.py")) for line in lines)
     assert not (clone / "results").exists()
+
+
+def test_paths_may_hold_spaces_and_quotes(clone):
+    result = run_all(clone, "--list", DATA="my photos", OUT="it's")
+    words = shlex.split(result.stdout.splitlines()[0])
+    assert words[words.index("--data") + 1] == "my photos"
+    assert words[words.index("--output") + 1] == "it's"
 
 
 def test_a_failure_stops_the_study_with_its_reason(clone):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ import evaluate
 import finetune
 import models
 import optimizers
-import run_queue
 import runs
 import train_scratch
+from tools import run_queue
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -203,14 +204,35 @@ def test_a_wrong_flag_is_one_clear_line(photos, flags, message):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(photos, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(photos):
+    train(photos, "--epochs", "1")
+    before = sorted(path for path in Path("results").rglob("*") if path.is_file())
+    resource = pytest.importorskip("resource")  # a limit on file size stands in for a full disk
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match="cannot be written .*kept"):
+            train(photos, "--epochs", "1", "--seed", "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert before == sorted(path for path in Path("results").rglob("*") if path.is_file())
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(SystemExit, match="No space left on device"):
-        train(photos, "--epochs", "1")
-    assert not [path for path in Path("results").rglob("*") if path.is_file()]
+
+def test_nothing_finished_is_overwritten(photos):
+    train(photos, "--epochs", "1", "--name", "mine")
+    with pytest.raises(SystemExit, match="other settings or photos"):
+        train(photos, "--epochs", "2", "--name", "mine")
+    for name in ("../mine", "a/b", "x" * 300, ""):
+        with pytest.raises(SystemExit, match="is no name of a run"):
+            train(photos, "--epochs", "1", "--name", name)
+    assert len(runs.read_runs("results")["mine"]["history"]) == 1
+
+
+def test_batches_of_one_photo_are_refused_in_one_line(photos):
+    command = [sys.executable, str(ROOT / "train_scratch.py"), "--data", str(photos), *TINY]
+    result = subprocess.run([*command, "--batch-size", "1"], capture_output=True, text=True)
+    assert result.returncode == 1 and "larger --batch-size" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_the_queue_runs_commands_and_stops_at_a_failure(photos):
@@ -220,7 +242,8 @@ def test_the_queue_runs_commands_and_stops_at_a_failure(photos):
     late = f"python train_scratch.py {common} --best-of-grid --name late"
     for jobs in ("1", "2"):
         result = subprocess.run(
-            [sys.executable, str(ROOT / "run_queue.py"), "--jobs", jobs],
+            [sys.executable, "-m", "tools.run_queue", "--jobs", jobs],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
             input=f"{good}\n\n{bad}\n{late}\n",
             capture_output=True,
             text=True,

@@ -1,6 +1,6 @@
 """Train many runs: reads training commands, one a line, and runs them `--jobs` at a time.
 
-    bash run_all.sh --list | python run_queue.py --jobs 2
+    bash run_all.sh --list | python -m tools.run_queue --jobs 2
 
 Each job is one process that imports torch once and takes command after command, because a run can
 be shorter than that import. A command with --best-of-grid waits for all that stand before it.
@@ -12,10 +12,11 @@ import itertools
 import os
 import shlex
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 import runs
 
@@ -27,12 +28,19 @@ def prepare_job(counter, jobs):
     with counter.get_lock():
         number = counter.value
         counter.value += 1
+    threading.Thread(target=end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(max(1, runs.cpu_count() // jobs))
     gpus = torch.cuda.device_count()
     if gpus > 1:
         torch.cuda.set_device(number % gpus)
+
+
+def end_with_parent():
+    """End this process when the queue's is gone, killed perhaps: nobody would read its results."""
+    parent_process().join()
+    os._exit(1)
 
 
 def run_command(command):
@@ -48,7 +56,10 @@ def run_command(command):
 
 def parse(line):
     """`python train_scratch.py --flags` -> ["train_scratch.py", "--flags"]."""
-    words = shlex.split(line)
+    try:
+        words = shlex.split(line)
+    except ValueError:  # an unbalanced quote
+        words = [line]
     if words and words[0].startswith("python"):
         words = words[1:]
     if words and words[0] not in SCRIPTS:
@@ -80,18 +91,22 @@ def main(argv=None):
     context = get_context("spawn")
     counter = context.Value("i", 0)
     with ProcessPoolExecutor(jobs, context, prepare_job, (counter, jobs)) as pool:
-        for stage in stages:
-            futures = {pool.submit(run_command, command): command for command in stage}
-            finished, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in finished:
-                if error := future.exception():
-                    for other in waiting:
-                        other.cancel()
-                    if isinstance(error, BrokenProcessPool):
-                        error = "a training process was killed (out of memory?)"
-                    elif not isinstance(error, SystemExit):
-                        raise error
-                    raise failure(futures[future], error)
+        try:
+            for stage in stages:
+                futures = {pool.submit(run_command, command): command for command in stage}
+                finished, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in finished:
+                    if error := future.exception():
+                        for other in waiting:
+                            other.cancel()
+                        if isinstance(error, BrokenProcessPool):
+                            error = "a training process was killed (out of memory?)"
+                        elif not isinstance(error, SystemExit):
+                            raise error
+                        raise failure(futures[future], error)
+        except BaseException:  # Ctrl-C too: start nothing more
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 if __name__ == "__main__":

@@ -20,9 +20,11 @@ from itertools import combinations
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
+import data
 import runs
 
 COURSE_ARCHIVE = "1a0uuiylWnyGAr0JZVfhw2EPZ6XzcPtyb"  # Google Drive file id of food11.zip
@@ -232,8 +234,57 @@ def contact_sheet(rows, path):
             padding = ((0, 0), (0, 0), (0, wide // 24), (0, 0))  # white between the photos
             axis.imshow(np.concatenate(list(np.pad(strip, padding, constant_values=255)), axis=1))
             axis.set(xticks=[], yticks=[], frame_on=False)
-        row[0].set_ylabel(name.replace("_", "\n"), rotation=0, ha="right", va="center")
+        row[0].set_ylabel(
+            name.replace("_", "\n"), parse_math=False, rotation=0, ha="right", va="center"
+        )
     axes[0, 0].set_title("as stored", fontsize=10)
     axes[0, 1].set_title("as the network sees them", fontsize=10)
     with runs.atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=150)
+
+
+def sheet_rows(directory, classes, files, image_size=96, count=4):
+    """Rows for contact_sheet: the first training photos of each class, plain and augmented."""
+    generator, rows = torch.Generator().manual_seed(0), {}
+    mean, std = data.PIXEL_MEAN[:, None, None], data.PIXEL_STD[:, None, None]
+    for name in classes:
+        chosen = [file for file in files["train"] if file.startswith(f"{name}/")][:count]
+        chosen = (chosen * count)[:count]  # a class with fewer photos repeats them
+        stored = [data.decode(directory / "train" / file, image_size)[0] for file in chosen]
+        images = torch.from_numpy(np.stack(stored))
+        view = data.draw_augmentation(count, generator, **runs.SCRATCH_AUGMENTATION)
+        shown = ((data.augment(images, *view) * std + mean).clamp(0, 1) * 255).byte()
+        rows[name] = [strip.permute(0, 2, 3, 1).numpy() for strip in (images, shown)]
+    return rows
+
+
+def check(directory, sheet):
+    """Print counts, sizes, near-duplicates across splits, unreadable files; draw the sheet.
+
+    Raises SystemExit if a photo is unreadable.
+    """
+    classes, files = data.list_photos(directory)
+    width = max(len(name) for name in classes) + 2
+    print(f"{'class':{width}}" + "".join(f"{split:>12}" for split in files))
+    for name in [*classes, ""]:
+        start = f"{name}/" if name else ""
+        numbers = [sum(f.startswith(start) for f in files[split]) for split in files]
+        print(f"{name or 'all':{width}}" + "".join(f"{n:12}" for n in numbers))
+    paths = [directory / split / name for split in files for name in files[split]]
+    sizes, hashes, errors = scan_photos(paths)
+    read = sizes[sizes.all(axis=1)]
+    if len(read):
+        low, middle, high = read.min(0), np.median(read, axis=0).astype(int), read.max(0)
+        print(f"width {low[0]} to {high[0]} px, median {middle[0]}; "
+              f"height {low[1]} to {high[1]} px, median {middle[1]}")  # fmt: skip
+    pairs = near_duplicates(hashes, [split for split in files for _ in files[split]])
+    print(f"{len(pairs)} near-duplicate pairs across splits (a leak: keep one photo of each)")
+    for i, j, distance in pairs:
+        print(f"  {paths[i]}  {paths[j]}  ({distance} of 256 bits differ)")
+    print(f"{len(errors)} unreadable files")
+    for path, reason in errors:
+        print(f"  {path}: {reason}")
+    if errors:
+        raise SystemExit("remove or replace the unreadable files: training would stop at them")
+    contact_sheet(sheet_rows(directory, classes, files), sheet)
+    print(f"wrote {sheet}")

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
-from photos import count_photos, new_folder
+from tools.photos import count_photos, new_folder
 
 DEMO_COUNTS = {"train": 36, "validation": 10, "test": 10}  # a class
 # The made-up dishes on a canvas from -100 to 100. A shape: kind, how many, how far they scatter,

@@ -130,13 +130,15 @@ def main(argv=None):
         )
         model.to(device, memory_format=train_scratch.MEMORY_FORMAT)
         before, cut = models.frozen_state(model), model.first_trained()
-        frozen, trained = model[:cut].eval(), model[cut:]
+        frozen, trained = models.fold_batch_norm(model[:cut]), model[cut:]
+        frozen.to(memory_format=train_scratch.MEMORY_FORMAT)
         augmentation = {key: config[key] for key in runs.SCRATCH_AUGMENTATION}
+        views = min(config["views"], config["epochs"])
         train_loader = data.Loader(
-            train, config["batch_size"], device, augmentation, config["seed"], config["views"]
+            train, config["batch_size"], device, augmentation, config["seed"], views
         )
         validation_loader = data.Loader(validation, 64, device)
-        photos = len(train.labels) * config["views"] + len(validation.labels)
+        photos = len(train.labels) * views + len(validation.labels)
         needed = feature_bytes(frozen, photos, config["image_size"], device) / 2**30
         if needed <= config["feature_memory"]:
             if features is None:
@@ -160,8 +162,11 @@ def main(argv=None):
         unchanged = models.is_unchanged(model, before)
         if not unchanged:
             raise SystemExit(f"{name}: a frozen tensor has changed in training; please report it")
-        for part in ("frozen.", "trained."):
-            state = {key.removeprefix(part): value for key, value in state.items()}
+        state = {
+            key.removeprefix("trained."): value
+            for key, value in state.items()
+            if not key.startswith("frozen.")
+        }
         model.load_state_dict({**model.state_dict(), **state}, strict=True)
         train_scratch.save(
             "finetune",

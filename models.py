@@ -6,6 +6,8 @@ PlainCNN and ResidualCNN are written out here; the backbones are torchvision's, 
 straight sequence of blocks, with all but the last few layers frozen.
 """
 
+import copy
+import itertools
 import pickle
 import urllib.error
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import runs
 
@@ -47,7 +50,7 @@ class PlainCNN(nn.Module):
     def forward(self, images):
         x = images
         for number in range(5):
-            x = F.relu(self.block(number, x), inplace=True)
+            x = F.relu(self.block(number, x))
         x = x.mean((2, 3))  # global average: [B, 512]
         x = F.relu(self.fc1(self.dropout(x)))
         return self.fc2(self.dropout(x))
@@ -108,6 +111,9 @@ def build_backbone(name, classes, weights="IMAGENET1K_V1", unfreeze_convolutions
     last = nn.Linear(head[-1].in_features, classes)
     pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     model = Backbone(*features, *pooled, *head[:-1], nn.Dropout(dropout), last)
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # on a CPU, bfloat16 in place takes twice as long
     model.requires_grad_(False)
     last.requires_grad_(True)
     convolutions = main_convolutions(model)
@@ -168,6 +174,20 @@ def main_convolutions(model):
         elif isinstance(module, nn.BatchNorm2d) and found:
             found[-1].append(module)
     return found
+
+
+def fold_batch_norm(frozen):
+    """A copy of a network in eval mode, each batch norm folded into the convolution before it.
+
+    The same function with a third less work. Jacob et al., CVPR 2018, section 3.2.
+    """
+    folded = copy.deepcopy(frozen).eval()
+    for parent in list(folded.modules()):
+        for (key, module), (after, norm) in itertools.pairwise(list(parent.named_children())):
+            if isinstance(module, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, key, fuse_conv_bn_eval(module, norm))
+                setattr(parent, after, nn.Identity())
+    return folded.requires_grad_(False)
 
 
 def frozen_state(model):

@@ -76,6 +76,18 @@ def test_the_sequence_of_blocks_computes_what_torchvision_computes(name):
     torch.testing.assert_close(model(images), network(images))
 
 
+@pytest.mark.parametrize("name", runs.BACKBONES)
+def test_folding_batch_norm_changes_nothing_but_rounding(name):
+    torch.manual_seed(0)
+    model = models.build_backbone(name, 5, "none")
+    for norm in leaves(model, nn.BatchNorm2d):
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor.data.uniform_(0.5, 1.5)
+    folded, images = models.fold_batch_norm(model), torch.rand(2, 3, 64, 64)
+    assert not leaves(folded, nn.BatchNorm2d)
+    torch.testing.assert_close(folded(images), model.eval()(images), rtol=1e-3, atol=1e-4)
+
+
 def test_frozen_batch_norm_stays_in_eval_mode_when_the_model_trains():
     model = models.build_backbone("mobilenet_v2", 5, "none", 2).train()
     modes = [norm.training for norm in leaves(model, nn.BatchNorm2d)]

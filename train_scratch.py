@@ -262,6 +262,7 @@ def start_run(parser, config, prefix):
         for split in ("train", "validation")
     ]
     described = describe_data(config, splits)
+    reuse_memory()
     if config.pop("best_of_grid", False):
         grid = runs.grid_of(runs.read_runs(config["output"]), config, described["fingerprint"])
         if not grid:
@@ -285,7 +286,6 @@ def main(argv=None):
     if name is None:
         return
     device = pick_device(config["device"])
-    reuse_memory()
     torch.manual_seed(config["seed"])
     model = models.SCRATCH[config["model"]](len(train.classes), config["dropout"])
     model.to(device, memory_format=MEMORY_FORMAT)

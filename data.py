@@ -1,8 +1,7 @@
 """Photos as tensors: every photo is decoded once, kept in a map on disk, augmented on the device.
 
-    python data.py --data food11               counts, sizes, unreadable files, leaks, a picture
-    python data.py --download --data food11    fetch Food-11 first
-    python data.py --demo --data demo          draw a small made-up data set first
+    python data.py --data food11               counts, unreadable files, leaks, a picture
+    python data.py --download --data food11    fetch Food-11 first; --demo draws a made-up set
 
 A data folder holds train/, validation/ and test/, each with one folder of photos per class.
 """
@@ -26,8 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 import runs
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-# Mean and standard deviation of ImageNet's pixels: what the pre-trained backbones were fed, and
-# close enough to any photos for a network from scratch.
+# Of ImageNet's pixels: what the backbones were fed, and close enough to any photos.
 PIXEL_MEAN = torch.tensor([0.485, 0.456, 0.406])
 PIXEL_STD = torch.tensor([0.229, 0.224, 0.225])
 LUMA = torch.tensor([0.299, 0.587, 0.114])
@@ -52,37 +50,29 @@ def list_photos(directory):
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise SystemExit(
-            f"{directory}: no such folder. Give one with --data, or fetch Food-11 with "
-            f"`python data.py --download --data {directory}`."
-        )
-    classes, files = None, {}
+        advice = f"Give one with --data, or `python data.py --download --data {directory}`."
+        raise SystemExit(f"{directory}: no such folder. {advice}")
+    classes, files = [], {}
     for split in runs.SPLITS:
         folder = directory / split
         if not folder.is_dir():
-            raise SystemExit(
-                f"{folder}: no such folder. {directory} must hold train/, validation/ and test/."
-            )
+            advice = f"{directory} must hold train/, validation/ and test/."
+            raise SystemExit(f"{folder}: no such folder. {advice}")
         names = sorted(d.name for d in folder.iterdir() if d.is_dir() and d.name[0] not in "._")
-        if classes is None:
-            classes = names
+        classes = classes or names
         if names != classes:
             difference = ", ".join(sorted(set(names) ^ set(classes)))
             raise SystemExit(f"{folder}: not the classes of train/: {difference} is in only one.")
         files[split] = []
         for name in names:
-            found = sorted(
-                f"{name}/{entry.name}"
-                for entry in os.scandir(folder / name)
-                if Path(entry.name).suffix.lower() in SUFFIXES
-                and entry.name[0] != "."
-                and not entry.is_dir()
-            )
+            entries = [e for e in os.scandir(folder / name) if e.name[0] != "." and not e.is_dir()]
+            photos = (e.name for e in entries if Path(e.name).suffix.lower() in SUFFIXES)
+            found = sorted(f"{name}/{photo}" for photo in photos)
             if not found:
                 raise SystemExit(f"{folder / name}: no photos. Add some or remove the class.")
             files[split] += found
     if len(classes) < 2:
-        raise SystemExit(f"{directory}: {len(classes)} class folder(s), at least 2 are needed.")
+        raise SystemExit(f"{directory}: {len(classes)} class, at least 2 are needed.")
     return classes, files
 
 
@@ -118,8 +108,8 @@ def load_split(directory, split, image_size, cache=".cache"):
 
     The map is found again by the files' names, sizes, modification times and the image size. The
     fingerprint is a hash of the files' names and contents, whatever the folder is called. Memory
-    stays flat: a few dozen photos are decoded at a time, and the map is read on demand.
-    Exits with one line if a photo is unreadable or the cache cannot be written.
+    stays flat: the map is written 64 photos at a time and read on demand. Exits with one line if a
+    photo is unreadable or the cache cannot be written.
     """
     classes, files = list_photos(directory)
     files, root, cache = files[split], Path(directory) / split, Path(cache)
@@ -140,7 +130,7 @@ def load_split(directory, split, image_size, cache=".cache"):
             images = np.load(map_file, mmap_mode="c")
             if images.shape == (len(files), 3, image_size, image_size):
                 return Split(torch.from_numpy(images), labels, files, classes, fingerprint)
-        # Not there yet, or damaged. The small file is written last: with it the map is whole.
+        # Not there yet, or damaged. The small file is written last.
         fingerprint = write_map(root, files, image_size, map_file)
         runs.write_json(meta_file, {"fingerprint": fingerprint})
     raise SystemExit(f"{map_file}: cannot be read. Choose another --cache.")
@@ -149,8 +139,8 @@ def load_split(directory, split, image_size, cache=".cache"):
 def write_map(root, files, image_size, map_file):
     """Decode files into a .npy of uint8 [N, 3, H, W], in order; return the content fingerprint."""
     fingerprint, unreadable = hashlib.sha256(), []
-    header = {"descr": "|u1", "fortran_order": False}
-    header["shape"] = (len(files), 3, image_size, image_size)
+    shape = (len(files), 3, image_size, image_size)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
 
     def read(name):
         try:
@@ -168,9 +158,9 @@ def write_map(root, files, image_size, map_file):
                     file.write(result[0].tobytes())
                     fingerprint.update(os.fsencode(name) + result[1])
         if unreadable:
+            advice = f"remove or replace what `python data.py --data {root.parent}` lists"
             raise SystemExit(
-                f"unreadable photo {unreadable[0]}, {len(unreadable)} in all: remove or replace "
-                f"what `python data.py --data {root.parent}` lists, then start again."
+                f"unreadable photo {unreadable[0]}, {len(unreadable)} in all: {advice}"
             )
     return fingerprint.hexdigest()
 
@@ -180,9 +170,8 @@ def on_device(images, device):
 
     Otherwise they stay a map on disk and batches are gathered from it.
     """
-    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        return images.to(device)
-    return images
+    fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return images.to(device) if fits else images
 
 
 def draw_augmentation(count, generator, crop_scale, rotation, jitter, flip):
@@ -232,8 +221,8 @@ def augment(images, theta, color):
 
 def normalise(images):
     """uint8 [B, 3, H, W] -> float32 [B, 3, H, W] with ImageNet's mean and deviation."""
-    mean, std, _, _ = constants(images.device)
-    return (images.float() / 255 - mean[:, None]) / std[:, None]
+    mean, std, *_ = (constant[:, None] for constant in constants(images.device))
+    return (images.float() / 255 - mean) / std
 
 
 class Loader:

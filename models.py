@@ -279,8 +279,7 @@ def print_layers(model, image_size):
 
 def main(argv=None):
     parser = runs.Parser(__doc__)
-    names = [*SCRATCH, *runs.BACKBONES]
-    parser.add_argument("model", nargs="+", choices=names, help="networks to print")
+    parser.add_argument("model", nargs="+", choices=(*SCRATCH, *runs.BACKBONES))
     parser.add_argument("--classes", type=runs.number(int, 2), default=11)
     parser.add_argument("--image-size", type=runs.number(int, 32), default=224)
     parser.add_argument("--weights", default="IMAGENET1K_V1", help="a name, a file, or none")

@@ -1,29 +1,41 @@
-"""Optimizers and the learning-rate schedule. Muon is written out: torch has it since 2.9 only."""
+"""Muon, AdamW and the learning-rate schedule.
+
+The optimizers have the two things that the training loop uses, `param_groups` and `step()`, and
+are not torch.optim.Optimizers: constructing one imports torch's compiler, which takes longer than
+the first epoch of a small study on a GPU.
+"""
 
 import torch
+from torch.optim.adamw import adamw
 
 
-class Muon(torch.optim.Optimizer):
+class Muon:
     """Momentum whose every update is made (nearly) orthogonal: for matrices and kernels.
 
     Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. A kernel
-    [out, in, k, k] counts as the matrix [out, in * k * k]. Decoupled weight decay.
+    [out, in, k, k] counts as the matrix [out, k * k * in]. Decoupled weight decay.
     """
 
     def __init__(self, parameters, lr, weight_decay, momentum=0.95):
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.param_groups = [{"params": parameters, "lr": lr, "weight_decay": weight_decay}]
+        self.averages = [torch.zeros_like(parameter) for parameter in parameters]
+        self.momentum = momentum
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for weight in group["params"]:
-                average = self.state[weight].setdefault("average", torch.zeros_like(weight))
-                average.lerp_(weight.grad, 1 - group["momentum"])
-                update = weight.grad.lerp(average, group["momentum"])  # Nesterov
-                update = orthogonalise(update.reshape(len(update), -1))
-                update *= max(1, update.shape[0] / update.shape[1]) ** 0.5
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(update.view(weight.shape), alpha=group["lr"])
+        [group] = self.param_groups
+        for weight, average in zip(group["params"], self.averages, strict=True):
+            average.lerp_(weight.grad, 1 - self.momentum)
+            update = weight.grad.lerp(average, self.momentum)  # Nesterov
+            if update.ndim == 4:  # in channels_last order, where flattening copies nothing
+                update = update.permute(0, 2, 3, 1)
+            matrix = update.flatten(1)
+            scale = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
+            update = orthogonalise(matrix).view(update.shape)
+            if update.ndim == 4:
+                update = update.permute(0, 3, 1, 2)
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.sub_(update, alpha=group["lr"] * scale)
 
 
 def orthogonalise(matrix):
@@ -35,10 +47,31 @@ def orthogonalise(matrix):
         square = x @ x.T
         polynomial = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
         x = torch.addmm(x, polynomial, x, beta=3.4445)
-    return (x.T if tall else x).float()
+    return (x.T if tall else x).to(matrix.dtype, memory_format=torch.contiguous_format)
 
 
-def build_optimizers(model, config, device):
+class AdamW:
+    """torch's own AdamW (Loshchilov and Hutter, ICLR 2019), in one fused call a group."""
+
+    def __init__(self, groups, lr):
+        self.param_groups = [group | {"lr": lr} for group in groups]
+        self.states = []
+        for group in groups:
+            moments = [[torch.zeros_like(p) for p in group["params"]] for _ in range(2)]
+            steps = [torch.zeros((), device=p.device) for p in group["params"]]
+            self.states.append((*moments, [], steps))
+
+    @torch.no_grad()
+    def step(self):
+        for group, state in zip(self.param_groups, self.states, strict=True):
+            parameters = group["params"]
+            fused = parameters[0].device.type in ("cpu", "cuda")
+            adamw(parameters, [p.grad for p in parameters], *state, fused=fused, amsgrad=False,
+                  beta1=0.9, beta2=0.999, eps=1e-8, lr=group["lr"], maximize=False,
+                  weight_decay=group["weight_decay"])  # fmt: skip
+
+
+def build_optimizers(model, config):
     """Optimizers for what is not frozen. Biases and batch norm are not decayed.
 
     With Muon it takes the matrices and kernels, at the learning rate; AdamW takes the rest, the
@@ -59,12 +92,7 @@ def build_optimizers(model, config, device):
         {"params": matrices, "weight_decay": decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    fused = device.type in ("cpu", "cuda")
-    if config["optimizer"] == "sgd":
-        optimizers.append(torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True))
-    else:
-        optimizers.append(torch.optim.AdamW(groups, lr=rate, fused=fused))
-    return optimizers
+    return [*optimizers, AdamW(groups, lr=rate)]
 
 
 def learning_rate_factor(epoch, epochs, warmup):

@@ -95,7 +95,7 @@ def add_training_flags(parser, **defaults):
     flag("--epochs", type=integer, default=50, help="times each photo is seen")
     flag("--batch-size", type=integer, help="photos per step")
     flag("--learning-rate", type=number(float, 1e-12), help="highest learning rate")
-    flag("--optimizer", choices=("muon", "adamw", "sgd"), help="muon: matrices by Muon at the "
+    flag("--optimizer", choices=("muon", "adamw"), help="muon: matrices by Muon at the "
          "learning rate, the rest by AdamW at a tenth of it")  # fmt: skip
     flag("--weight-decay", type=real, help="decoupled weight decay")
     flag("--warmup-epochs", type=real, default=2.0, help="epochs of linear rise to the highest "

@@ -133,7 +133,7 @@ def fit(model, train_loader, validation_loader, config, device, name):
     on the device and read once an epoch.
     """
     context = autocast(device, config["precision"])
-    every = optimizers.build_optimizers(model, config, device)
+    every = optimizers.build_optimizers(model, config)
     groups = [group for optimizer in every for group in optimizer.param_groups]
     highest = [group["lr"] for group in groups]
     generator = torch.Generator().manual_seed(config["seed"])
@@ -291,7 +291,7 @@ def main(argv=None):
     model.to(device, memory_format=MEMORY_FORMAT)
     augmentation = {key: config[key] for key in runs.SCRATCH_AUGMENTATION}
     train_loader = data.Loader(train, config["batch_size"], device, augmentation, config["seed"])
-    validation_loader = data.Loader(validation, 256, device)
+    validation_loader = data.Loader(validation, 64, device)
     result = fit(model, train_loader, validation_loader, config, device, name)
     save("scratch", name, config, described, model, result, start, device)
 

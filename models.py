@@ -28,17 +28,18 @@ class PlainCNN(nn.Module):
     H and W at least 32. `dropout` acts on the input of both fully connected layers.
     """
 
+    widths = (32, 64, 128, 256, 384)
+
     def __init__(self, classes, dropout=0.0):
         super().__init__()
-        widths = (32, 64, 128, 256, 512)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False)
-            for before, after in zip((3, *widths), widths, strict=False)
+            for before, after in zip((3, *self.widths), self.widths, strict=False)
         )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in self.widths)
         self.pool = nn.MaxPool2d(2)
         self.dropout = nn.Dropout(dropout)
-        self.fc1 = nn.Linear(widths[-1], 256)
+        self.fc1 = nn.Linear(self.widths[-1], 256)
         self.fc2 = nn.Linear(256, classes)
         for convolution in self.convolutions:  # He et al., ICCV 2015
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
@@ -51,7 +52,7 @@ class PlainCNN(nn.Module):
         x = images
         for number in range(5):
             x = F.relu(self.block(number, x))
-        x = x.mean((2, 3))  # global average: [B, 512]
+        x = x.mean((2, 3))  # global average: [B, 384]
         x = F.relu(self.fc1(self.dropout(x)))
         return self.fc2(self.dropout(x))
 
@@ -67,8 +68,7 @@ class ResidualCNN(PlainCNN):
         y = super().block(number, x)
         if number == 0:  # three colours are no features yet
             return y
-        skip = self.pool(x)
-        return y + F.pad(skip, (0, 0, 0, 0, 0, y.shape[1] - skip.shape[1]))
+        return y + F.pad(self.pool(x), (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
 
 
 SCRATCH = {"plain": PlainCNN, "residual": ResidualCNN}

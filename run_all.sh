@@ -24,7 +24,7 @@ BACKBONES=${BACKBONES:-mobilenet_v2 mobilenet_v3_small shufflenet_v2_x1_0}
 WEIGHTS=${WEIGHTS:-IMAGENET1K_V1}              # of the backbones; none trains on random features
 FINETUNE_LEARNING_RATES=${FINETUNE_LEARNING_RATES:-0.001 0.003 0.01}
 SEEDS=${SEEDS:-0}                              # several: mean and spread in every table
-JOBS=${JOBS:-1}                                # runs at a time, spread over the GPUs there are
+JOBS=${JOBS:-}                                 # runs at a time; one a processor, 4 at most
 DEVICE=${DEVICE:-auto}                         # auto, cuda, mps or cpu
 PYTHON=${PYTHON:-python3}
 
@@ -134,7 +134,7 @@ echo "layer by layer in $layers"
 
 # 3. Training: transfer runs, the grid, then dropout on the best of the grid.
 stage "training"
-commands | "$PYTHON" -m tools.run_queue --jobs "$JOBS" ||
+commands | "$PYTHON" -m tools.run_queue ${JOBS:+--jobs "$JOBS"} ||
   fail "training stopped at the run above; finished runs are kept, the next call goes on"
 
 # 4. The best of each by validation accuracy; only these see the test split.

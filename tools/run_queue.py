@@ -73,7 +73,9 @@ def failure(command, reason):
 
 def main(argv=None):
     parser = runs.Parser(__doc__)
-    parser.add_argument("--jobs", type=runs.number(int, 1), default=1, help="runs at a time")
+    # A run alone fills neither two processors nor a GPU.
+    default = min(4, runs.cpu_count())
+    parser.add_argument("--jobs", type=runs.number(int, 1), default=default, help="runs at a time")
     jobs = parser.parse_args(argv).jobs
     stages = [[]]
     for command in filter(None, map(parse, sys.stdin)):

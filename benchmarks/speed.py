@@ -10,6 +10,7 @@ batch size, epochs and trained layers are the same. The two take turns, in fresh
 """
 
 import math
+import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +24,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 __torch_imported__ = time.time()
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import finetune
 import models
+import optimizers
 import runs
 import train_scratch
 
@@ -48,7 +49,7 @@ ROWS = {
     "second-start": ("start", "second start to first step, 96 px", train_scratch),
 }
 UNITS = {"rate": "{:,.0f} images/s", "total": "{:,.1f} s", "start": "{:.2f} s"}
-LAYOUT = "{:45}{:>17}{:>17}{:>20}{:>15}{:>15}{:>8}"
+LAYOUT = "{:45}{:>16}{:>16}{:>22}{:>14}{:>10}{:>9}"
 
 
 def now(device):
@@ -145,21 +146,20 @@ def measure_ours(script, flags, device, epochs, _):
 
 def measure(name, side, arguments, places, launched):
     """One measurement of one side of a row -> dict for the JSON; memory in MiB."""
-    import resource
-
     kind, _, script, *flags = ROWS[name]
     device = train_scratch.pick_device(arguments["device"])
     set_start_method(arguments["workers"], force=True)  # not spawn, as this process was
     result = {"import_torch": __torch_imported__ - launched}
 
-    def finish(optimizer, *_):
-        if isinstance(optimizer, torch.optim.AdamW):  # in ours the last one, after Muon
-            now(device)
-            result["value"] = time.time() - __torch_imported__
-            raise TimeoutError
+    def stop(step, optimizer):
+        step(optimizer)
+        now(device)
+        result["value"] = time.time() - __torch_imported__
+        raise TimeoutError
 
-    if kind == "start":
-        register_optimizer_step_post_hook(finish)
+    if kind == "start":  # AdamW is the last to step, in ours after Muon
+        for optimizer in (torch.optim.AdamW, optimizers.AdamW):
+            optimizer.step = lambda self, step=optimizer.step: stop(step, self)
     elif side == "standard" or script is finetune:  # the clock is to start after the imports
         import torchvision  # noqa: F401
     most, epochs = None, arguments["epochs"]
@@ -254,7 +254,7 @@ def measure_row(name, arguments, places):
         cells = [c + "*" * (n < arguments["epochs"]) for c, n in zip(cells, run, strict=True)]
         row["note"] = (f"best validation accuracy of ours {ours[0]['accuracy']:.1%}; "
                        f"epochs measured: standard {run[0]:.2g}, ours {run[1]}")  # fmt: skip
-    cells.append(f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
+    cells.append(f"{median(ratios):.3g} ({min(ratios):.3g} to {max(ratios):.3g})")
     for results in rounds:
         peaks = [max(result[f"{key}memory"] for result in results) for key in ("", "device_")]
         cells.append(" + ".join(f"{peak:,.0f}" for peak in peaks if peak))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import data
 import models
@@ -92,6 +94,39 @@ def predict(model, images, context, flip=False):
     return probabilities
 
 
+def activation_maps(model, images, context):
+    """Where `model` sees its predicted class: float32 [B, h, w] in 0..1, at the last convolution.
+
+    images: normalised photos float32 [B, 3, H, W]. Selvaraju et al., "Grad-CAM", ICCV 2017.
+    """
+    outputs = []
+
+    def keep(_module, _inputs, output):
+        outputs.append(output if output.requires_grad else output.requires_grad_())
+
+    *_, last = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    hook = last.register_forward_hook(keep)
+    with torch.enable_grad(), context:
+        logits = model(images.contiguous(memory_format=train_scratch.MEMORY_FORMAT)).float()
+    hook.remove()
+    [gradient] = torch.autograd.grad(logits.amax(1).sum(), outputs)
+    weights = gradient.float().mean((2, 3), keepdim=True)
+    maps = F.relu((weights * outputs[0].detach().float()).sum(1)).nan_to_num()
+    return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def examples(labels, predicted, probabilities):
+    """Indices of the most confident right photos, then wrong ones: 6 each, of 6 classes."""
+    chosen = []
+    for right in (True, False):
+        seen = set()
+        for i in probabilities.argsort()[::-1].tolist():
+            if (labels[i] == predicted[i]) == right and labels[i] not in seen and len(seen) < 6:
+                seen.add(labels[i])
+                chosen.append(i)
+    return chosen
+
+
 def evaluate_run(name, arguments, device):
     """Evaluate one run on the split and write its JSON, unless that is there and still true."""
     suffix = "-flip" if arguments.flip else ""
@@ -117,6 +152,12 @@ def evaluate_run(name, arguments, device):
     result["predictions"] = [
         {"file": file, "label": int(label), "predicted": int(guess), "probability": float(p)}
         for file, label, guess, p in zip(*columns, strict=True)
+    ]
+    shown = examples(labels, predicted, probabilities.max(1))
+    maps = activation_maps(model, data.normalise(split.images[shown].to(device)), context).tolist()
+    result["activation_maps"] = [
+        {"photo": i, "map": [[round(value, 3) for value in row] for row in rows]}
+        for i, rows in zip(shown, maps, strict=True)
     ]
     runs.write_json(path, result)
     return result

@@ -204,6 +204,38 @@ def draw_mistakes(path: Path, evaluation: dict, label: str, data: Path) -> None:
     save(figure, path, f"{label}: most confident mistakes on {evaluation['split']} photos")
 
 
+def draw_attention(path: Path, evaluation: dict, label: str, data: Path) -> None:
+    """Photos under their class-activation maps: right ones above, wrong ones below."""
+    classes, rows = (
+        [name.replace("_", " ") for name in evaluation["classes"]],
+        {True: [], False: []},
+    )
+    for example in evaluation.get("activation_maps", []):
+        guess = evaluation["predictions"][example["photo"]]
+        try:
+            with Image.open(data / evaluation["split"] / guess["file"]) as image:
+                photo = ImageOps.exif_transpose(image).convert("L")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            continue  # missing or damaged
+        heat = Image.fromarray(np.array(example["map"], np.float32))
+        pair = ImageOps.fit(photo, (240, 240)), heat.resize((240, 240), Image.Resampling.BICUBIC)
+        rows[guess["label"] == guess["predicted"]].append((guess, *pair))
+    if not any(rows.values()):
+        return print(f"skipped {path}: no class-activation map, or no photo of one in {data}")
+    figure = Figure(figsize=(WIDTH, 4.4))
+    bare = {"frame_on": False, "xticks": [], "yticks": []}
+    axes = figure.subplots(2, 6, squeeze=False, subplot_kw=bare)
+    for panels, (right, examples) in zip(axes, rows.items(), strict=True):
+        panels[0].set_ylabel("right" if right else "wrong")
+        for panel, (guess, photo, heat) in zip(panels, examples, strict=False):
+            panel.imshow(photo, cmap="gray")
+            panel.imshow(heat, cmap="inferno", alpha=0.5, vmin=0, vmax=1)
+            lines = [classes[guess["label"]]]
+            lines += [] if right else [f"as {classes[guess['predicted']]}"]
+            panel.set_title("\n".join(textwrap.shorten(line, 20) for line in lines))
+    save(figure, path, f"{label}: what speaks for the predicted class (bright)")
+
+
 def draw_all(output: Path, data: str | None) -> None:
     """Draw what the summary lists; a stage that has not been run is skipped with one line."""
     summary, finished = read_json(output / "summary.json"), read_runs(output)
@@ -246,6 +278,7 @@ def draw_all(output: Path, data: str | None) -> None:
         draw_confusion(figures / f"confusion_{name}_{splits[0]}.png", evaluation, label)
         if data and model is best[model["kind"]]:
             draw_mistakes(figures / f"mistakes_{name}.png", evaluation, label, Path(data))
+            draw_attention(figures / f"attention_{name}.png", evaluation, label, Path(data))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,10 +1,13 @@
 """Numbers that can be trusted: metrics, intervals, paired tests, choices."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import evaluate
 import runs
@@ -74,6 +77,16 @@ def test_the_choice_is_by_mean_validation_accuracy_then_loss():
     assert runs.best_setting([fake(1, 32, 0.5, None), fake(2, 32, 0.5, 1)]) == (2, 32)
 
 
+def test_an_activation_map_is_bright_where_the_class_is():
+    model = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model[0].weight.data = torch.tensor([[1.0, 0, 0], [0, 1, 0]])[:, :, None, None]
+    images = torch.zeros(2, 3, 4, 4)
+    images[0, 0, 1, 2] = images[1, 1, 3, 0] = 5  # red: class 0, green: class 1
+    for frozen in (False, True):
+        maps = evaluate.activation_maps(model.requires_grad_(not frozen), images, nullcontext())
+        assert torch.equal(maps, (images.sum(1) > 0).float())
+
+
 def test_evaluation_summary_and_classification_of_a_real_run(photos, capsys):
     common = ["--data", str(photos)]
     for rate in ("0.01", "0.02"):
@@ -91,6 +104,10 @@ def test_evaluation_summary_and_classification_of_a_real_run(photos, capsys):
     hits = [p["label"] == p["predicted"] for p in result["predictions"]]
     assert sum(hits) / 15 == result["accuracy"] == 1.0
     assert np.trace(result["confusion_matrix"]) == 15
+    classes = [result["predictions"][e["photo"]]["label"] for e in result["activation_maps"]]
+    assert sorted(classes) == [0, 1, 2]  # all right: the most confident photo of each class
+    for example in result["activation_maps"]:
+        assert np.shape(example["map"]) == (2, 2) and np.max(example["map"]) in (0, 1)
     assert len(content["comparisons"]) == 1 and not content["comparisons"][0]["different"]
     capsys.readouterr()
     photo = str(photos / "test" / "green" / "1.jpg")
@@ -99,7 +116,7 @@ def test_evaluation_summary_and_classification_of_a_real_run(photos, capsys):
 
 
 def test_a_diverged_run_can_be_evaluated_and_summarised(photos):
-    flags = ["--data", str(photos), *TINY, "--epochs", "1", "--optimizer", "sgd"]
+    flags = ["--data", str(photos), *TINY, "--epochs", "1", "--optimizer", "adamw"]
     train_scratch.main([*flags, "--learning-rate", "1e30", "--name", "lost"])
     summary.main([])
     evaluate.main(["--data", str(photos), "--chosen", "--split", "test", "--device", "cpu"])

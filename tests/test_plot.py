@@ -68,6 +68,8 @@ def write_results(output: Path, classes=CLASSES, photos=25, epochs=12, seeds=1) 
         interval = wilson_interval(accuracy, total)
         evaluation = {"name": name, "split": "test", "accuracy": accuracy, "interval_95": interval}
         evaluation |= {"confusion_matrix": matrix, "classes": classes, "predictions": predictions}
+        maps = [{"photo": i, "map": [[0, 0.5], [1, 0.2]]} for i in range(0, total, 5)]
+        evaluation |= {"activation_maps": maps}
         write(f"evaluations/{name}.test.json", evaluation)
         return accuracy, interval
 
@@ -157,7 +159,8 @@ def test_mistakes_are_shown_where_the_photos_are(tmp_path):
             photo.save(tmp_path / "photos/test" / name / f"{number}.jpg", exif=orientation)
         (tmp_path / "photos/test" / name / "3.jpg").write_bytes(b"not a photo")
     plot.main(["--output", str(tmp_path), "--data", str(tmp_path / "photos")])
-    sheets = {"mistakes_residual-0.001-32-s0", "mistakes_mobilenet_v2-u2-0.001"}
+    names = "residual-0.001-32-s0", "mobilenet_v2-u2-0.001"
+    sheets = {f"{kind}_{name}" for kind in ("mistakes", "attention") for name in names}
     assert drawn(tmp_path) == FIGURES | sheets  # the best from scratch and the best pre-trained
 
 

@@ -146,10 +146,11 @@ stage "choice and test"
 stage "summary and figures"
 "$PYTHON" summary.py --output "$OUT"
 "$PYTHON" plot.py --output "$OUT" --data "$DATA"
+"$PYTHON" report.py --output "$OUT"
 
 stage "done"
 for i in "${!stages[@]}"; do
   [[ ${stages[$i]} == done ]] || printf '%6d s  %s\n' "$((began[i + 1] - began[i]))" "${stages[$i]}"
 done
-printf '%6d s  in all. Read %s/summary.json and %s/figures/.\n' "$SECONDS" "$OUT" "$OUT"
+printf '%6d s  in all. Read %s/report.pdf or report.md.\n' "$SECONDS" "$OUT"
 if [[ $DEMO ]]; then announce_demo; fi

@@ -155,6 +155,26 @@ def summarise(output):
     return result | {"models": rows, "comparisons": compare(rows, output)}
 
 
+def describe_pair(summary, a, b):
+    """A sentence on two chosen models from their paired test; None if there was none."""
+    for line in summary["comparisons"]:
+        if {line["a"], line["b"]} == {a, b}:
+            break
+    else:
+        return None
+    sign = 100 if line["a"] == a else -100
+    difference = sign * line["difference"]
+    low, high = sorted(sign * bound for bound in line["interval_95"])
+    verdict = "so this study can't tell them apart"
+    if line["different"]:
+        verdict = f"so they differ, and {a if difference > 0 else b} is the better one"
+    return (
+        f"On the same test photos {a} is {abs(difference):.1f} points "
+        f"{'better' if difference >= 0 else 'worse'} than {b} (95% interval {low:+.1f} to "
+        f"{high:+.1f}, exact McNemar test p = {line['p_value']:.2g}), {verdict}."
+    )
+
+
 def percent(value, interval):
     if value is None:
         return "not evaluated"

@@ -97,7 +97,8 @@ def predict(model, images, context, flip=False):
 def activation_maps(model, images, context):
     """Where `model` sees its predicted class: float32 [B, h, w] in 0..1, at the last convolution.
 
-    images: normalised photos float32 [B, 3, H, W]. Selvaraju et al., "Grad-CAM", ICCV 2017.
+    images: normalised photos float32 [B, 3, H, W]. Selvaraju et al., "Grad-CAM", ICCV 2017, but
+    relative to the mean over the photo, since batch norm follows and takes any offset away.
     """
     outputs = []
 
@@ -111,7 +112,9 @@ def activation_maps(model, images, context):
     hook.remove()
     [gradient] = torch.autograd.grad(logits.amax(1).sum(), outputs)
     weights = gradient.float().mean((2, 3), keepdim=True)
-    maps = F.relu((weights * outputs[0].detach().float()).sum(1)).nan_to_num()
+    features = outputs[0].detach().float()
+    features = features - features.mean((2, 3), keepdim=True)
+    maps = F.relu((weights * features).sum(1)).nan_to_num()
     return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 

@@ -218,12 +218,12 @@ def draw_attention(path: Path, evaluation: dict, label: str, data: Path) -> None
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             continue  # missing or damaged
         heat = Image.fromarray(np.array(example["map"], np.float32))
-        pair = ImageOps.fit(photo, (240, 240)), heat.resize((240, 240), Image.Resampling.BICUBIC)
-        rows[guess["label"] == guess["predicted"]].append((guess, *pair))
+        heat = np.array(heat.resize((240, 240), Image.Resampling.BICUBIC))
+        photo = ImageOps.fit(photo, (240, 240))
+        rows[guess["label"] == guess["predicted"]].append((guess, photo, heat))
     if not any(rows.values()):
         return print(f"skipped {path}: no class-activation map, or no photo of one in {data}")
-    figure = Figure(figsize=(WIDTH, 4.4))
-    bare = {"frame_on": False, "xticks": [], "yticks": []}
+    figure, bare = Figure(figsize=(WIDTH, 4.4)), {"frame_on": False, "xticks": [], "yticks": []}
     axes = figure.subplots(2, 6, squeeze=False, subplot_kw=bare)
     for panels, (right, examples) in zip(axes, rows.items(), strict=True):
         panels[0].set_ylabel("right" if right else "wrong")

@@ -162,6 +162,9 @@ def test_mistakes_are_shown_where_the_photos_are(tmp_path):
     names = "residual-0.001-32-s0", "mobilenet_v2-u2-0.001"
     sheets = {f"{kind}_{name}" for kind in ("mistakes", "attention") for name in names}
     assert drawn(tmp_path) == FIGURES | sheets  # the best from scratch and the best pre-trained
+    with Image.open(tmp_path / f"figures/attention_{names[0]}.png") as sheet:
+        pixels = np.array(sheet.convert("RGB"), dtype=int)
+    assert (pixels[..., 0] - pixels[..., 2]).max() > 80, "photos are grey there, maps are not"
 
 
 def test_a_photo_is_turned_upright(tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def list_photos(directory):
             advice = f"{directory} must hold train/, validation/ and test/."
             raise SystemExit(f"{folder}: no such folder. {advice}")
         names = sorted(d.name for d in folder.iterdir() if d.is_dir() and d.name[0] not in "._")
-        classes = classes or names
+        classes = names if split == "train" else classes
         if names != classes:
             difference = ", ".join(sorted(set(names) ^ set(classes)))
             raise SystemExit(f"{folder}: not the classes of train/: {difference} is in only one.")
@@ -130,8 +130,7 @@ def load_split(directory, split, image_size, cache=".cache"):
             images = np.load(map_file, mmap_mode="c")
             if images.shape == (len(files), 3, image_size, image_size):
                 return Split(torch.from_numpy(images), labels, files, classes, fingerprint)
-        # Not there yet, or damaged. The small file is written last.
-        fingerprint = write_map(root, files, image_size, map_file)
+        fingerprint = write_map(root, files, image_size, map_file)  # not there yet, or damaged
         runs.write_json(meta_file, {"fingerprint": fingerprint})
     raise SystemExit(f"{map_file}: cannot be read. Choose another --cache.")
 
@@ -280,16 +279,18 @@ def main(argv=None):
     parser = runs.Parser(__doc__)
     runs.add_place_flags(parser)
     parser.add_argument("--download", action="store_true", help="fetch Food-11 into --data first")
-    parser.add_argument("--demo", action="store_true", help="draw a made-up set into --data first")
+    parser.add_argument("--demo", action="store_true", help="draw a made-up set, into demo/")
     parser.add_argument("--image-size", type=runs.number(int, 32), nargs="+", default=[96],
                         help="sizes to decode train/ and validation/ to in advance")  # fmt: skip
     arguments = parser.parse_args(argv)
-    directory, output = Path(arguments.data), Path(arguments.output)
+    directory = Path(arguments.data)
+    if arguments.demo and arguments.data == parser.get_default("data"):
+        directory = Path("demo")  # drawings must not be taken for Food-11
     if arguments.download:
         photos.download_food11(directory, Path(arguments.cache))
     elif arguments.demo:
         demo.draw_demo(directory)
-    photos.check(directory, output / "figures" / "photos.png")
+    photos.check(directory, Path(arguments.output, "figures", "photos.png"))
     for size in arguments.image_size:
         for split in ("train", "validation"):
             load_split(directory, split, size, arguments.cache)

@@ -1,4 +1,4 @@
-"""Measure finished runs on a split. The only script that opens photos of the test split.
+"""Measure finished runs on a split. The only script that shows test photos to a network.
 
     python evaluate.py --run plain-lr0.02-bs64-seed0 --split test
     python evaluate.py --chosen --split test          every run that summary.json names as chosen

@@ -34,16 +34,6 @@ def code(caption, *objects):
     return "code", "\n\n".join(inspect.getsource(thing).rstrip() for thing in objects), caption
 
 
-def measured(row, split):
-    """Accuracy of a row of summary.json on a split, with its interval and spread over seeds."""
-    if row[f"{split}_accuracy"] is None:
-        return "not measured"
-    low, high = row[f"{split}_interval_95"]
-    spread = row[f"{split}_spread"]
-    seeds = "" if spread is None else f" ± {100 * spread:.1f}"
-    return f"{row[f'{split}_accuracy']:.1%}{seeds} [{low:.1%}, {high:.1%}]"
-
-
 def resolution(photos, accuracy):
     """How far apart, in points, two accuracies have to be for 95% confidence in a difference."""
     return 196 * (2 * accuracy * (1 - accuracy) / photos) ** 0.5
@@ -54,7 +44,7 @@ def results_table(rows, caption):
     body = []
     for row in rows:
         gap = "" if row["gap"] is None else f"{100 * row['gap']:+.1f}"
-        cells = row["label"], measured(row, "validation"), measured(row, "test"), gap
+        cells = row["label"], tables.percent(row, "validation"), tables.percent(row, "test"), gap
         body.append((*cells, f"{row['trainable_parameters']:,}", f"{row['seconds']:.0f}"))
     return "table", [head, *body], caption
 
@@ -63,6 +53,8 @@ def photos(run):
     counts, classes = run["data"]["counts"], run["data"]["classes"]
     total = {split: sum(counts[split].values()) for split in counts}
     yield "heading", "1. The photos"
+    if Path(run["config"]["data"]).name == "demo":
+        yield text("THESE ARE NO RESULTS: the photos are made-up drawings, a demonstration.")
     yield text(
         f"{sum(total.values()):,} photos of {len(classes)} classes: {total['train']:,} to train,",
         f"{total['validation']:,} for every choice, {total['test']:,} for the last measurement",
@@ -141,10 +133,12 @@ def grid(study, finished, figures):
         accuracies, last = [entry["validation_accuracy"] for entry in entries], history[-1]
         nearly = 0.9 * max(epoch["validation_accuracy"] for epoch in history)
         early = next(e["epoch"] for e in history if e["validation_accuracy"] >= nearly)
-        gap = 100 * (last["train_accuracy"] - last["validation_accuracy"])
-        judgement = "memorises its training photos" if gap > 15 else "overfits a little"
-        if gap < 5:
-            judgement = "is limited by its size or its training time, not by overfitting"
+        losses = [epoch["validation_loss"] or np.inf for epoch in history]
+        low = int(np.argmin(losses))
+        judgement = "is near its lowest to the end: no overfitting"
+        if losses[-1] > 1.05 * losses[low]:
+            judgement = f"rises from {losses[low]:.2f} in epoch {low + 1} to {losses[-1]:.2f} at "
+            judgement += "the end: it overfits"
         yield "figure", figures / f"curves_{model}.png", f"The {model} network, all settings."
         yield text(
             f"The {model} network reaches {min(accuracies):.1%} to {max(accuracies):.1%} on",
@@ -154,8 +148,8 @@ def grid(study, finished, figures):
             f"{chosen[0]['batch_size']}. It gets to nine tenths of its best accuracy in epoch",
             f"{early} of {len(history)}. In the last epoch it is right on",
             f"{last['train_accuracy']:.1%} of the training photos, distorted and mixed as they",
-            f"are there, and on {last['validation_accuracy']:.1%} of the validation photos: it",
-            f"{judgement}.",
+            f"are there, and on {last['validation_accuracy']:.1%} of the validation photos. Its",
+            f"validation loss {judgement}.",
         )
     yield "figure", figures / "grid_heatmap.png", "Best validation accuracy of each setting."
 
@@ -191,8 +185,7 @@ def errors(row, output, figures, heading):
     matrix, classes = np.array(evaluation["confusion_matrix"]), evaluation["classes"]
     mixed = [
         (int(matrix[i, j] + matrix[j, i]), classes[i], classes[j])
-        for i in range(len(classes))
-        for j in range(i)
+        for i, j in zip(*np.tril_indices(len(classes), -1), strict=True)
     ]
     pairs = [f"{a} and {b} ({n} times)" for n, a, b in sorted(mixed, reverse=True)[:3] if n]
     order = sorted(evaluation["per_class"].items(), key=lambda item: item[1]["recall"])
@@ -213,6 +206,11 @@ def errors(row, output, figures, heading):
         yield "figure", figures / f"{file}.png", f"{caption}, {row['label']}."
 
 
+def weights_of(run):
+    weights = run["config"]["weights"]
+    return "random weights" if weights == "none" else f"pre-trained weights ({weights})"
+
+
 def transfer(study, finished, figures):
     rows = [row for row in study["models"] if row["kind"] == "finetune"]
     yield "heading", "7. Fine-tuning pre-trained networks"
@@ -225,11 +223,13 @@ def transfer(study, finished, figures):
     )
     body = [("network, case", "parameters", "trained", "frozen", "frozen part unchanged")]
     for row in rows:
-        total, trained = row["parameters"], row["trainable_parameters"]
-        same = "yes, bit for bit" if finished[row["runs"][0]]["frozen_unchanged"] else "no"
-        body.append((row["label"], f"{total:,}", f"{trained:,}", f"{total - trained:,}", same))
+        run, total = finished[row["runs"][0]], row["parameters"]
+        trained = row["trainable_parameters"]
+        cells = row["label"], f"{total:,}", f"{trained:,}", f"{total - trained:,}"
+        body.append((*cells, "yes, bit for bit" if run["frozen_unchanged"] else "no"))
     yield "table", body, "What was frozen, and whether its weights and statistics stayed as loaded."
-    yield results_table(rows, "The best learning rate of each by validation accuracy.")
+    starts = sorted({weights_of(finished[row["runs"][0]]) for row in rows})
+    yield results_table(rows, f"The best learning rate of each by validation; {listing(starts)}.")
     labels = [row["label"] for row in rows if not row["label"].endswith("FC only")]
     yield text(
         *(tables.describe_pair(study, name, name.split(", ")[0] + ", FC only") for name in labels)
@@ -246,7 +246,7 @@ def conclusion(study, finished, best):
             tables.describe_pair(study, one["label"], other["label"]),
             f"{other['label']} trains {other['trainable_parameters']:,} parameters in",
             f"{other['seconds']:.0f} s, {one['label']} {one['trainable_parameters']:,} in",
-            f"{one['seconds']:.0f} s, on top of what ImageNet's million photos taught it before.",
+            f"{one['seconds']:.0f} s, on top of its {weights_of(finished[one['runs'][0]])}.",
         )
     pairs, every = study["comparisons"], list(finished.values())
     rows = sorted(study["models"], key=lambda row: -row["validation_accuracy"])

@@ -113,21 +113,25 @@ if [[ ! $DEMO && ! $DATA_GIVEN && ! -d $DATA ]]; then
 fi
 if [[ $DEMO ]]; then announce_demo; fi
 mkdir -p "$OUT" || fail "cannot write to OUT=$OUT"
-checked=$OUT/photos.txt  # what the check printed; made again when a photo is newer
-if [[ $DEMO || ! -f $checked || $(find -L "$DATA" -newer "$checked" -print -quit) ]]; then
+checked=$OUT/photos.txt  # what the check printed; made again for other or newer photos
+if [[ $DEMO || ! -f $checked || $(cat "$OUT/.photos-of" 2>/dev/null) != "$DATA" ||
+  $(find -L "$DATA" -newer "$checked" -print -quit) ]]; then
   "$PYTHON" data.py ${DEMO:+--demo} --data "$DATA" --output "$OUT" \
     --image-size "$IMAGE_SIZE" "$FINETUNE_IMAGE_SIZE" > "$checked.new" ||
     { cat "$checked.new"; fail "the photos in $DATA need a look"; }
-  mv "$checked.new" "$checked"
+  mv "$checked.new" "$checked" && echo "$DATA" > "$OUT/.photos-of"
 fi
 cat "$checked"
 
 stage "networks"
-layers=$OUT/layers-$(echo "$WEIGHTS-$BACKBONES" | tr -s ' /' '-').txt
+classes=$(find -L "$DATA/train" -mindepth 1 -maxdepth 1 -type d ! -name '[._]*' | wc -l)
+sizes=$classes-$IMAGE_SIZE-$FINETUNE_IMAGE_SIZE
+layers=$OUT/layers-$(echo "$WEIGHTS-$BACKBONES-$sizes" | tr -s ' /' '-').txt
 if [[ ! -f $layers ]]; then  # every network layer by layer; this also fetches the weights
   # shellcheck disable=SC2086
-  "$PYTHON" models.py plain residual $BACKBONES --weights "$WEIGHTS" > "$layers.new" ||
-    { fail "no network to fine-tune; see above"; }
+  { "$PYTHON" models.py plain residual --classes $classes --image-size "$IMAGE_SIZE" &&
+    "$PYTHON" models.py $BACKBONES --weights "$WEIGHTS" --classes $classes \
+      --image-size "$FINETUNE_IMAGE_SIZE"; } > "$layers.new" || fail "no network to train; see above"
   mv "$layers.new" "$layers"
 fi
 echo "layer by layer in $layers"

@@ -18,7 +18,7 @@ from pathlib import Path
 SPLITS = ("train", "validation", "test")
 BACKBONES = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "shufflenet_v2_x1_0")
 # Flags that say where a run happens, not what it computes: they never make a run a different one.
-PLACE_FLAGS = ("data", "output", "name", "device", "cache", "feature_memory", "best_of_grid")
+PLACE_FLAGS = ("data", "output", "name", "device", "cache", "feature_memory")
 # What training from scratch does to the photos unless told otherwise.
 SCRATCH_AUGMENTATION = {"crop_scale": 0.2, "rotation": 15.0, "jitter": 0.3, "flip": 0.5}
 # Flags that a run's name spells out anyway; any other appears in it when not at its default.
@@ -97,7 +97,7 @@ def add_training_flags(parser, **defaults):
     flag("--learning-rate", type=number(float, 1e-12), help="highest learning rate")
     flag("--optimizer", choices=("muon", "adamw"), help="muon: matrices by Muon at the "
          "learning rate, the rest by AdamW at a tenth of it")  # fmt: skip
-    flag("--weight-decay", type=real, help="decoupled weight decay")
+    flag("--weight-decay", type=real, help="decoupled weight decay; beside Muon, AdamW has 0.01")
     flag("--warmup-epochs", type=real, default=2.0, help="epochs of linear rise to the highest "
          "learning rate; from there it falls linearly to zero")  # fmt: skip
     flag("--dropout", type=number(float, 0, 0.99), help="probability to drop an input of an FC")

@@ -44,12 +44,13 @@ def has_setting(run, setting):
 
 
 def largest_group(members, vary):
-    """The runs that differ in nothing but `vary`; the largest such group if there are several."""
+    """The runs that differ in nothing but `vary`; if there are several such groups the largest,
+    of equal ones that with the most epochs."""
     groups = {}
     for run in members:
         key = runs.settings(run["config"], vary), run["data"]["fingerprint"]
         groups.setdefault(key, []).append(run)
-    return max(groups.values(), key=len, default=[])
+    return max(groups.values(), key=lambda g: (len(g), g[0]["config"]["epochs"]), default=[])
 
 
 def overview_row(label, members, output):
@@ -175,10 +176,14 @@ def describe_pair(summary, a, b):
     )
 
 
-def percent(value, interval):
-    if value is None:
+def percent(row, split):
+    """Accuracy of a row of the summary's `models` on a split, its spread over seeds, interval."""
+    if row[f"{split}_accuracy"] is None:
         return "not evaluated"
-    return f"{value:.1%} [{interval[0]:.1%}, {interval[1]:.1%}]"
+    low, high = row[f"{split}_interval_95"]
+    spread = row[f"{split}_spread"]
+    seeds = "" if spread is None else f" ± {100 * spread:.1f}"
+    return f"{row[f'{split}_accuracy']:.1%}{seeds} [{low:.1%}, {high:.1%}]"
 
 
 def main(argv=None):
@@ -190,12 +195,16 @@ def main(argv=None):
         raise SystemExit(f"{output}/runs holds no finished run: train one first.")
     runs.write_json(Path(output, "summary.json"), summary)
     width = max(len(row["label"]) for row in summary["models"])
-    print(f"{'chosen model':{width}}  {'validation [95%]':24}  {'test [95%]':24}  gap")
+    print(f"{'chosen model':{width}}  {'validation [95%]':30}  {'test [95%]':30}  gap")
     for row in summary["models"]:
         gap = "" if row["gap"] is None else f"{100 * row['gap']:+.1f}"
-        validation = percent(row["validation_accuracy"], row["validation_interval_95"])
-        test = percent(row["test_accuracy"], row["test_interval_95"])
-        print(f"{row['label']:{width}}  {validation:24}  {test:24}  {gap}")
+        validation, test = percent(row, "validation"), percent(row, "test")
+        print(f"{row['label']:{width}}  {validation:30}  {test:30}  {gap}")
+    tables = summary["grid"] + summary["dropout"] + summary["transfer"]
+    left_out = len(runs.read_runs(output)) - len({line["run"] for line in tables})
+    if left_out:
+        print(f"{left_out} runs with other settings or photos are left out; an --output for each "
+              "set of settings keeps them apart")  # fmt: skip
 
 
 if __name__ == "__main__":

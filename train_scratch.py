@@ -108,7 +108,7 @@ def cutmix(images, labels, probability, generator):
 
 
 @torch.no_grad()
-def evaluate(model, loader, context):
+def validate(model, loader, context):
     """Mean cross-entropy and accuracy over a loader, floats."""
     model.eval()
     loss = correct = 0
@@ -165,7 +165,7 @@ def fit(model, train_loader, validation_loader, config, device, name):
             loss_sum = loss_sum + loss.detach() * len(labels)
             correct = correct + (logits.detach().argmax(1) == labels).sum()
         train_loss, train_accuracy = float(loss_sum) / total, float(correct) / total
-        validation_loss, validation_accuracy = evaluate(model, validation_loader, context)
+        validation_loss, validation_accuracy = validate(model, validation_loader, context)
         history.append({
             "epoch": epoch + 1,
             "learning_rate": config["learning_rate"] * factor,

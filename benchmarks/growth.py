@@ -5,7 +5,7 @@
 
 The photos of train/ are linked (not copied) under new names as often as the factor says. Each
 line is a fresh process: decoding them all, finding them again, then training steps from scratch.
-The last two lines fine-tune MobileNetV2 on the original number of photos for one epoch, once with
+The last two lines fine-tune MobileNetV2 on the original number of photos for two epochs, once with
 the features of its frozen part in memory and once with a budget too small for them.
 """
 
@@ -85,7 +85,7 @@ def grow(directory, cache, image_size, steps, device):
 
 
 def tune(directory, cache, weights, budget, device):
-    """One epoch of FC-only fine-tuning with a budget for the features, GiB -> dict."""
+    """Two epochs of FC-only fine-tuning with a budget for the features, GiB -> dict."""
     import finetune
 
     begin = time.perf_counter()

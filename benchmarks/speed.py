@@ -126,15 +126,15 @@ def measure_standard(script, flags, device, epochs, max_steps):
 
 def measure_ours(script, flags, device, epochs, _):
     """The same of main() of our script, and its best validation accuracy."""
-    evaluate, begin, validation = train_scratch.evaluate, now(device), []
+    validate, begin, validation = train_scratch.validate, now(device), []
 
-    def timed_evaluate(*arguments):
+    def timed_validate(*arguments):
         start = now(device)
-        result = evaluate(*arguments)
+        result = validate(*arguments)
         validation.append(now(device) - start)
         return result
 
-    train_scratch.evaluate = timed_evaluate
+    train_scratch.validate = timed_validate
     with TemporaryDirectory() as output:
         script.main([*flags, "--output", output, "--epochs", str(epochs)])
         elapsed, [run] = now(device) - begin, runs.read_runs(output).values()

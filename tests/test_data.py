@@ -155,3 +155,11 @@ def test_a_bad_folder_is_one_clear_line(photos, tmp_path, damage, message):
     with pytest.raises(SystemExit, match=message):
         data.load_split(directory, "train", 32)
     assert not list(tmp_path.glob(".cache/*.npy"))
+
+
+def test_photos_beside_the_class_folders_are_no_classes(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "flat")
+    for name in ("blue", "green", "red"):
+        shutil.rmtree(tmp_path / "flat/train" / name)
+    with pytest.raises(SystemExit, match="not the classes of train/"):
+        data.list_photos(tmp_path / "flat")

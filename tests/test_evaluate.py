@@ -125,9 +125,11 @@ def test_a_diverged_run_can_be_evaluated_and_summarised(photos):
 
 
 def test_runs_on_other_photos_are_not_taken_for_seeds():
-    config = {"learning_rate": 1, "batch_size": 2, "seed": 0}
+    config = {"learning_rate": 1, "batch_size": 2, "seed": 0, "epochs": 2}
     members = [{"config": config, "data": {"fingerprint": f}} for f in ("a", "b", "b")]
     assert summary.largest_group(members, ("seed",)) == members[1:]
+    longer = [member | {"config": config | {"epochs": 50}} for member in members[1:]]
+    assert summary.largest_group([*members, *longer], ("seed",)) == longer
 
 
 def test_a_damaged_checkpoint_is_one_clear_line(photos):

@@ -70,7 +70,7 @@ def test_the_checkpoint_is_the_best_epoch(photos):
     ((name, run),) = train(photos, "--epochs", "3").items()
     model, checkpoint = evaluate.load_model("results", name, CPU)
     split = data.load_split(photos, "validation", 32)
-    loss, accuracy = train_scratch.evaluate(
+    loss, accuracy = train_scratch.validate(
         model, data.Loader(split, 256, CPU), train_scratch.autocast(CPU, "float32")
     )
     assert accuracy == run["best"]["validation_accuracy"]

@@ -165,7 +165,7 @@ def describe_pair(summary, a, b):
         return None
     sign = 100 if line["a"] == a else -100
     difference = sign * line["difference"]
-    low, high = sorted(sign * bound for bound in line["interval_95"])
+    low, high = sorted(sign * bound + 0.0 for bound in line["interval_95"])  # no "-0.0"
     verdict = "so this study can't tell them apart"
     if line["different"]:
         verdict = f"so they differ, and {a if difference > 0 else b} is the better one"

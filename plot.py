@@ -178,18 +178,24 @@ def draw_confusion(path: Path, evaluation: dict, label: str) -> None:
     save(figure, path, f"{title} right (95% interval {low:.1%} to {high:.1%})")
 
 
+def read_photo(path: Path) -> Image.Image | None:
+    """A photo upright, in RGB, at most 320 pixels a side; None if it is missing or damaged."""
+    try:
+        with Image.open(path) as image:
+            image.thumbnail((320, 320))
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
 def draw_mistakes(path: Path, evaluation: dict, label: str, data: Path) -> None:
     """The 12 most confident mistakes whose photos can be read."""
     photos, classes = [], [name.replace("_", " ") for name in evaluation["classes"]]
     for mistake in sorted(evaluation["predictions"], key=lambda row: -row["probability"]):
         if mistake["label"] == mistake["predicted"] or len(photos) == 12:
             continue
-        try:
-            with Image.open(data / evaluation["split"] / mistake["file"]) as image:
-                image.thumbnail((320, 320))
-                photos.append((ImageOps.exif_transpose(image).convert("RGB"), mistake))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            continue  # missing or damaged: the next one takes its place
+        if photo := read_photo(data / evaluation["split"] / mistake["file"]):
+            photos.append((photo, mistake))  # else the next one takes its place
     if not photos:
         return print(f"skipped {path}: no mistake, or no photo of one in {data}")
     rows = -(-len(photos) // 4)
@@ -212,15 +218,10 @@ def draw_attention(path: Path, evaluation: dict, label: str, data: Path) -> None
     )
     for example in evaluation.get("activation_maps", []):
         guess = evaluation["predictions"][example["photo"]]
-        try:
-            with Image.open(data / evaluation["split"] / guess["file"]) as image:
-                photo = ImageOps.exif_transpose(image).convert("L")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            continue  # missing or damaged
-        heat = Image.fromarray(np.array(example["map"], np.float32))
-        heat = np.array(heat.resize((240, 240), Image.Resampling.BICUBIC))
-        photo = ImageOps.fit(photo, (240, 240))
-        rows[guess["label"] == guess["predicted"]].append((guess, photo, heat))
+        if photo := read_photo(data / evaluation["split"] / guess["file"]):
+            photo = ImageOps.fit(photo.convert("L"), (240, 240))
+            heat = Image.fromarray(np.array(example["map"], np.float32)).resize((240, 240))
+            rows[guess["label"] == guess["predicted"]].append((guess, photo, np.array(heat)))
     if not any(rows.values()):
         return print(f"skipped {path}: no class-activation map, or no photo of one in {data}")
     figure, bare = Figure(figsize=(WIDTH, 4.4)), {"frame_on": False, "xticks": [], "yticks": []}
@@ -230,8 +231,7 @@ def draw_attention(path: Path, evaluation: dict, label: str, data: Path) -> None
         for panel, (guess, photo, heat) in zip(panels, examples, strict=False):
             panel.imshow(photo, cmap="gray")
             panel.imshow(heat, cmap="inferno", alpha=0.5, vmin=0, vmax=1)
-            lines = [classes[guess["label"]]]
-            lines += [] if right else [f"as {classes[guess['predicted']]}"]
+            lines = [classes[guess["label"]], f"as {classes[guess['predicted']]}"][: 2 - right]
             panel.set_title("\n".join(textwrap.shorten(line, 20) for line in lines))
     save(figure, path, f"{label}: what speaks for the predicted class (bright)")
 

@@ -22,7 +22,8 @@ BATCH_SIZES=${BATCH_SIZES:-32 64}
 DROPOUTS=${DROPOUTS:-0.2 0.4}
 BACKBONES=${BACKBONES:-mobilenet_v2 mobilenet_v3_small shufflenet_v2_x1_0}
 WEIGHTS=${WEIGHTS:-IMAGENET1K_V1}              # of the backbones; none trains on random features
-FINETUNE_LEARNING_RATES=${FINETUNE_LEARNING_RATES:-0.001 0.003 0.01}
+FC_LEARNING_RATES=${FC_LEARNING_RATES:-0.001 0.003 0.01}
+LAST2_LEARNING_RATES=${LAST2_LEARNING_RATES:-0.0003 0.001 0.003} # they overfit sooner
 SEEDS=${SEEDS:-0}                              # several: mean and spread in every table
 JOBS=${JOBS:-}                                 # runs at a time; one a processor, 4 at most
 DEVICE=${DEVICE:-auto}                         # auto, cuda, mps or cpu
@@ -40,7 +41,7 @@ stages=() began=()
 
 use_demo() {
   DEMO=yes DATA=demo OUT=${OUT%/}/demo EPOCHS=4 IMAGE_SIZE=64 FINETUNE_IMAGE_SIZE=96
-  FINETUNE_LEARNING_RATES="0.001 0.004" WEIGHTS=none
+  FC_LEARNING_RATES="0.001 0.004" LAST2_LEARNING_RATES="0.001 0.004" WEIGHTS=none
 }
 announce_demo() {
   printf '%s\n' "" "************************* DEMO *************************" \
@@ -81,11 +82,12 @@ dropouts() {  # dropout on the best of each network; the best is looked up when 
   done; done; done
 }
 transfers() {  # FC only and last two convolutions + FC; each tries every learning rate
-  for seed in $SEEDS; do for backbone in $BACKBONES; do for last in 0 2; do
-    echo "python finetune.py --backbone $backbone --weights $(quote "$WEIGHTS")" \
-      "--unfreeze-convolutions $last --learning-rate $FINETUNE_LEARNING_RATES" \
-      "--image-size $FINETUNE_IMAGE_SIZE $(common "$seed")"
-  done; done; done
+  for seed in $SEEDS; do for backbone in $BACKBONES; do
+    begin="python finetune.py --backbone $backbone --weights $(quote "$WEIGHTS")"
+    end="--image-size $FINETUNE_IMAGE_SIZE $(common "$seed")"
+    echo "$begin --unfreeze-convolutions 0 --learning-rate $FC_LEARNING_RATES $end"
+    echo "$begin --unfreeze-convolutions 2 --learning-rate $LAST2_LEARNING_RATES $end"
+  done; done
 }
 commands() { transfers; grid; dropouts; }
 

@@ -16,17 +16,33 @@ def mcnemar(first, second):
     """Exact McNemar test on the same photos: (difference, interval_95, p_value).
 
     first, second: lists of bool, whether each photo was classified right. difference: accuracy of
-    `first` minus that of `second`, with its Wald interval for paired proportions; p_value:
-    two-sided, binomial. McNemar, "Note on the sampling error of the difference between correlated
-    proportions or percentages", Psychometrika 1947.
+    `first` minus that of `second`; p_value: two-sided, binomial. McNemar, "Note on the sampling
+    error of the difference between correlated proportions or percentages", Psychometrika 1947.
+    The interval is Clopper and Pearson's (Biometrika 1934) for the share of gains among the photos
+    that only one of them got right: it excludes zero exactly where p_value < 0.05.
     """
     total = len(first)
     gains = sum(a and not b for a, b in zip(first, second, strict=True))
     losses = sum(b and not a for a, b in zip(first, second, strict=True))
-    apart, difference = gains + losses, (gains - losses) / total
+    apart = gains + losses
     tail = sum(math.comb(apart, k) for k in range(min(gains, losses) + 1)) / 2**apart
-    half = 1.959964 * math.sqrt(apart - (gains - losses) ** 2 / total) / total
-    return difference, [difference - half, difference + half], min(1.0, 2 * tail)
+    high, low = largest_share(gains, apart), 1 - largest_share(losses, apart)
+    interval = [(2 * share - 1) * apart / total for share in (low, high)]
+    return (gains - losses) / total, interval, min(1.0, 2 * tail)
+
+
+def largest_share(count, total):
+    """The share for which `count` or fewer of `total` have a probability of 2.5%, by bisection."""
+    if count == total:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        share, probability = (low + high) / 2, 0.0
+        for k in range(count + 1):
+            ways = math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1)
+            probability += math.exp(ways + k * math.log(share) + (total - k) * math.log(1 - share))
+        low, high = (share, high) if probability > 0.025 else (low, share)
+    return share
 
 
 def entry(run, chosen):

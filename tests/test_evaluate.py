@@ -61,7 +61,21 @@ def test_mcnemar_of_hand_worked_cases():
     difference, (low, high), p_value = summary.mcnemar(first, second)
     assert difference == 0.5 and low < 0.5 < high
     assert p_value == pytest.approx(2 * (1 + 7) / 2**7)  # at most 1 of 7 coins shows a head
-    assert summary.mcnemar(first, first)[2] == 1.0
+    assert summary.mcnemar(first, first) == (0.0, [0.0, 0.0], 1.0)
+    # Clopper and Pearson's 95% interval of 8 in 20 is 0.1912 to 0.6395.
+    first, second = [True] * 8 + [False] * 12 + [True] * 20, [False] * 8 + [True] * 32
+    assert summary.mcnemar(first, second)[1] == pytest.approx(
+        [(2 * 0.1912 - 1) / 2, (2 * 0.6395 - 1) / 2], abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("gains", range(0, 40, 3))
+def test_the_interval_of_a_difference_excludes_zero_where_the_paired_test_does(gains):
+    first = [True] * gains + [False] * (20 + 55)
+    second = [False] * gains + [True] * 20 + [False] * 55
+    difference, (low, high), p_value = summary.mcnemar(first, second)
+    assert low <= difference <= high
+    assert (low > 0 or high < 0) == (p_value < 0.05)
 
 
 def fake(rate, batch, accuracy, loss, seed=0):

@@ -28,7 +28,7 @@ def build_parser():
                         help="how many of the last convolutions to train; 0: FC only")  # fmt: skip
     runs.add_training_flags(
         parser,
-        image_size=224,
+        image_size=288,
         batch_size=64,
         learning_rate=[0.001],
         optimizer="adamw",

@@ -194,7 +194,8 @@ def main(argv=None):
         help="finished runs",
     )
     parser.add_argument("--chosen", action="store_true", help="the runs chosen in summary.json")
-    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--split", choices=("validation", "test"), default="validation",
+                        help="of the photos")  # fmt: skip
     parser.add_argument("--flip", action="store_true", help="average over photo and mirror image")
     parser.add_argument("--image", nargs="+", metavar="FILE", help="photos to classify")
     arguments = parser.parse_args(argv)

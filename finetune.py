@@ -22,8 +22,10 @@ import train_scratch
 
 def build_parser():
     parser = runs.Parser(__doc__)
-    parser.add_argument("--backbone", choices=runs.BACKBONES, default="mobilenet_v2")
-    parser.add_argument("--weights", default="IMAGENET1K_V1", help="that name, none, or a file")
+    parser.add_argument("--backbone", choices=runs.BACKBONES, metavar="NETWORK",
+                        default="mobilenet_v2", help=", ".join(runs.BACKBONES))  # fmt: skip
+    parser.add_argument("--weights", metavar="W", default="IMAGENET1K_V1", help="that name, none "
+                        "(random), or a file of torchvision's state dict")  # fmt: skip
     parser.add_argument("--unfreeze-convolutions", type=runs.number(int, 0), default=0,
                         help="how many of the last convolutions to train; 0: FC only")  # fmt: skip
     runs.add_training_flags(

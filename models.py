@@ -269,7 +269,7 @@ def print_layers(model, image_size):
     """Print describe() as a table."""
     layers = describe(model, image_size)
     columns = list(layers[0])
-    rows = [columns] + [[str(cell) for cell in row.values()] for row in layers]
+    rows = [columns, *([str(cell) for cell in row.values()] for row in layers)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
@@ -279,20 +279,20 @@ def print_layers(model, image_size):
 
 def main(argv=None):
     parser = runs.Parser(__doc__)
-    parser.add_argument("model", nargs="+", choices=(*SCRATCH, *runs.BACKBONES))
-    parser.add_argument("--classes", type=runs.number(int, 2), default=11)
-    parser.add_argument("--image-size", type=runs.number(int, 32), default=224)
-    parser.add_argument("--weights", default="IMAGENET1K_V1", help="a name, a file, or none")
-    parser.add_argument("--unfreeze-convolutions", type=runs.number(int, 0), default=2)
+    flag, names = parser.add_argument, (*SCRATCH, *runs.BACKBONES)
+    flag("network", nargs="+", choices=names, metavar="NETWORK", help=", ".join(names))
+    flag("--classes", type=runs.number(int, 2), default=11, help="outputs of the last layer")
+    flag("--image-size", type=runs.number(int, 32), default=224, help="of the square photos, px")
+    flag("--weights", metavar="W", default="IMAGENET1K_V1", help="that name, none, or a file")
+    flag("--unfreeze-convolutions", type=runs.number(int, 0), default=2, help="of a backbone")
     arguments = parser.parse_args(argv)
-    for name in arguments.model:
+    for name in arguments.network:
         print(f"\n{name}, {arguments.image_size} x {arguments.image_size} px")
         if name in SCRATCH:
             model = SCRATCH[name](arguments.classes)
         else:
-            model = build_backbone(
-                name, arguments.classes, arguments.weights, arguments.unfreeze_convolutions
-            )
+            more = arguments.weights, arguments.unfreeze_convolutions
+            model = build_backbone(name, arguments.classes, *more)
         print_layers(model, arguments.image_size)
 
 

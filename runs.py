@@ -47,7 +47,14 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keep the line breaks of the examples; show defaults."""
+    """Keep the line breaks of the examples; show N for a number, and defaults where there are."""
+
+    def _get_default_metavar_for_optional(self, action):
+        return getattr(action.type, "metavar", super()._get_default_metavar_for_optional(action))
+
+    def _get_help_string(self, action):
+        nothing = action.default is None or action.default is False or action.default == []
+        return action.help if nothing else super()._get_help_string(action)
 
 
 def number(kind, low, high=math.inf):
@@ -64,6 +71,7 @@ def number(kind, low, high=math.inf):
             raise argparse.ArgumentTypeError(f"{text!r} is not a {name} {limits}")
         return value
 
+    convert.metavar = "N" if kind is int else "X"
     return convert
 
 
@@ -88,9 +96,8 @@ def add_training_flags(parser, **defaults):
     """The flags of the training loop, the same in both training scripts, and run-specific ones."""
     integer, real, flag = number(int, 1), number(float, 0), parser.add_argument
     add_place_flags(parser)
-    flag(
-        "--name", type=run_name_type, help="name of the run; built from the settings when not given"
-    )
+    flag("--name", type=run_name_type, metavar="NAME", help="name of the run and of its files; "
+         "made from the settings unless given")  # fmt: skip
     flag("--image-size", type=number(int, 32, 2048), help="side of the square photos, pixels")
     flag("--epochs", type=integer, default=50, help="times each photo is seen")
     flag("--batch-size", type=integer, help="photos per step")
@@ -100,19 +107,17 @@ def add_training_flags(parser, **defaults):
     flag("--weight-decay", type=real, help="decoupled weight decay; beside Muon, AdamW has 0.01")
     flag("--warmup-epochs", type=real, default=2.0, help="epochs of linear rise to the highest "
          "learning rate; from there it falls linearly to zero")  # fmt: skip
-    flag("--dropout", type=number(float, 0, 0.99), help="probability to drop an input of an FC")
+    flag(
+        "--dropout", type=number(float, 0, 0.99), help="probability to drop an input of an FC layer"
+    )
     flag("--label-smoothing", type=number(float, 0, 1), default=0.1, help="of the cross-entropy")
-    flag("--crop-scale", type=number(float, 0.01, 1), help="smallest crop, fraction of the area")
+    flag("--crop-scale", type=number(float, 0.01, 1), help="smallest crop, share of the area")
     flag("--flip", type=number(float, 0, 1), help="probability of a mirrored photo")
     flag("--rotation", type=number(float, 0, 180), help="largest rotation, degrees")
     flag("--jitter", type=number(float, 0, 1), help="largest change of brightness, contrast and "
          "saturation, as a fraction")  # fmt: skip
-    flag(
-        "--seed",
-        type=number(int, 0, 2**31 - 1),
-        default=0,
-        help="of weights, order and augmentation",
-    )
+    flag("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of weights, order of the "
+         "photos and augmentation")  # fmt: skip
     flag("--precision", choices=("auto", "bfloat16", "float32"), default="auto",
          help="auto: bfloat16 where the device computes in it")  # fmt: skip
     parser.set_defaults(**defaults)

@@ -31,7 +31,7 @@ MEMORY_FORMAT = torch.channels_last
 
 def build_parser():
     parser = runs.Parser(__doc__)
-    parser.add_argument("--model", choices=tuple(models.SCRATCH), default="plain")
+    parser.add_argument("--model", choices=tuple(models.SCRATCH), default="plain", help="network")
     runs.add_training_flags(
         parser,
         image_size=96,

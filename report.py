@@ -7,6 +7,7 @@ Two models are called different only where an exact paired test on the same phot
 """
 
 import inspect
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ def listing(items):
 
 
 def code(caption, *objects):
-    return "code", "\n\n".join(inspect.getsource(thing).rstrip() for thing in objects), caption
+    sources = [textwrap.dedent(inspect.getsource(thing)).rstrip() for thing in objects]
+    return "code", "\n\n".join(sources), caption
 
 
 def resolution(photos, accuracy):
@@ -183,13 +185,10 @@ def errors(row, output, figures, heading):
     if evaluation is None:
         return
     matrix, classes = np.array(evaluation["confusion_matrix"]), evaluation["classes"]
-    mixed = [
-        (int(matrix[i, j] + matrix[j, i]), classes[i], classes[j])
-        for i, j in zip(*np.tril_indices(len(classes), -1), strict=True)
-    ]
+    below = zip(*np.tril_indices(len(classes), -1), strict=True)
+    mixed = [(int(matrix[i, j] + matrix[j, i]), classes[i], classes[j]) for i, j in below]
     pairs = [f"{a} and {b} ({n} times)" for n, a, b in sorted(mixed, reverse=True)[:3] if n]
-    order = sorted(evaluation["per_class"].items(), key=lambda item: item[1]["recall"])
-    extremes = []
+    extremes, order = [], sorted(evaluation["per_class"].items(), key=lambda i: i[1]["recall"])
     for label, numbers in (order[-1], order[0]):
         low, high = runs.wilson_interval(numbers["recall"], numbers["support"])
         extremes.append(f"{label} ({numbers['recall']:.0%} [{low:.0%}, {high:.0%}])")
@@ -207,8 +206,8 @@ def errors(row, output, figures, heading):
 
 
 def weights_of(run):
-    weights = run["config"]["weights"]
-    return "random weights" if weights == "none" else f"pre-trained weights ({weights})"
+    name = run["config"]["weights"]
+    return "random weights" if name == "none" else f"pre-trained weights ({name})"
 
 
 def transfer(study, finished, figures):

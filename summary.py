@@ -185,10 +185,11 @@ def describe_pair(summary, a, b):
     verdict = "so this study can't tell them apart"
     if line["different"]:
         verdict = f"so they differ, and {a if difference > 0 else b} is the better one"
+    apart = f"{abs(difference):.1f} points {'better' if difference > 0 else 'worse'} than"
     return (
-        f"On the same test photos {a} is {abs(difference):.1f} points "
-        f"{'better' if difference >= 0 else 'worse'} than {b} (95% interval {low:+.1f} to "
-        f"{high:+.1f}, exact McNemar test p = {line['p_value']:.2g}), {verdict}."
+        f"On the same test photos {a} is {apart if difference else 'exactly as accurate as'} {b} "
+        f"(95% interval {low:+.1f} to {high:+.1f}, exact McNemar test p = {line['p_value']:.2g}), "
+        f"{verdict}."
     )
 
 

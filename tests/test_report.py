@@ -24,6 +24,8 @@ def test_a_difference_within_chance_is_not_called_one():
 def test_a_difference_beyond_chance_names_the_better_one():
     sentence = summary.describe_pair(study(-0.2, 0.001), "plain CNN", "residual CNN")
     assert "20.0 points worse" in sentence and "residual CNN is the better one" in sentence
+    sentence = summary.describe_pair(study(0, 1), "plain CNN", "residual CNN")
+    assert "exactly as accurate as" in sentence and "can't tell them apart" in sentence
     assert summary.describe_pair(study(0, 1), "plain CNN", "another") is None
 
 

@@ -127,7 +127,8 @@ def main():
             lines.append(line)
             print(text)
     about = {"arguments": vars(arguments), "rows": lines}
-    runs.write_json(Path(arguments.output, f"recipes-{'-'.join(names)}.json"), about)
+    file = f"recipes-{arguments.image_size}-{'-'.join(names)}.json"
+    runs.write_json(Path(arguments.output, file), about)
 
 
 if __name__ == "__main__":

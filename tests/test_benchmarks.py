@@ -21,7 +21,7 @@ def run(script, *flags):
 def test_recipes_are_trained_evaluated_and_compared(photos):
     flags = ["--data", str(photos), "--image-size", "32", "--epochs", "1", "--seeds", "0", "1"]
     printed = run("recipes.py", *flags, "--recipes", "published", "plain", "--output", "out")
-    rows = runs.read_json("out/recipes-published-plain.json", "rows")["rows"]
+    rows = runs.read_json("out/recipes-32-published-plain.json", "rows")["rows"]
     assert [row["photos"] for row in rows] == ["validation"] * 2 + ["test"] * 2 + ["both"] * 2
     published, plain = (row["by_seed"] for row in rows[-2:])
     difference = sum(plain) / 2 - sum(published) / 2

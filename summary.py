@@ -218,7 +218,7 @@ def main(argv=None):
         validation, test = percent(row, "validation"), percent(row, "test")
         print(f"{row['label']:{width}}  {validation:30}  {test:30}  {gap}")
     tables = summary["grid"] + summary["dropout"] + summary["transfer"]
-    left_out = len(runs.read_runs(output)) - len({line["run"] for line in tables})
+    left_out = len(list(Path(output, "runs").glob("*.json"))) - len({line["run"] for line in tables})
     if left_out:
         print(f"{left_out} runs with other settings or photos are left out; an --output for each "
               "set of settings keeps them apart")  # fmt: skip

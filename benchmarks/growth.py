@@ -92,7 +92,7 @@ def tune(directory, cache, weights, budget, device):
     with TemporaryDirectory() as output, redirect_stdout(StringIO()) as printed:
         finetune.main(["--data", directory, "--cache", cache, "--output", output, "--weights",
                        weights, "--epochs", "2", "--views", "2", "--device", device,
-                       "--feature-memory", str(budget)])  # fmt: skip
+                       "--image-size", "224", "--feature-memory", str(budget)])  # fmt: skip
         [run] = runs.read_runs(output).values()
     return {
         "seconds": time.perf_counter() - begin,

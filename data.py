@@ -1,35 +1,33 @@
-"""Photos as tensors: every photo is decoded once, kept in a map on disk, augmented on the device.
+"""Photos as tensors: decoded once into a map on disk, augmented in batches on the device.
 
-    python data.py --data food11               counts, unreadable files, leaks, a picture
-    python data.py --download --data food11    fetch Food-11 first; --demo draws a made-up set
-
-A data folder holds train/, validation/ and test/, each with one folder of photos per class.
+A data folder holds train/, validation/ (or val/) and test/, each with one folder of photos per
+class. `python tools/prepare.py --data food11` fetches one and looks it over.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
-import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from common import atomic_file, cpu_count, read_json, write_json
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-import runs
-
+SPLITS = ("train", "validation", "test")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # Of ImageNet's pixels: what the backbones were fed, and close enough to any photos.
 PIXEL_MEAN = torch.tensor([0.485, 0.456, 0.406])
 PIXEL_STD = torch.tensor([0.229, 0.224, 0.225])
 LUMA = torch.tensor([0.299, 0.587, 0.114])
-CACHE_FORMAT = 2  # raise it when decode() changes, so that old cache files are not used
+CACHE_FORMAT = 3  # raise it when decode() changes, so that old maps are not used
+CHUNK = 64  # photos decoded at a time
 
 
 class Split(NamedTuple):
@@ -42,38 +40,81 @@ class Split(NamedTuple):
     fingerprint: str
 
 
+class Augmentation(NamedTuple):
+    """How strongly training photos are distorted; the flags of the training scripts set it."""
+
+    crop_scale: float  # smallest crop, share of the area
+    rotation: float  # largest angle, degrees
+    jitter: float  # largest change of brightness, contrast and saturation, as a fraction
+    flip: float  # probability of a mirrored photo
+
+
+def split_folder(directory, split):
+    """Path of a split in a data folder: val/ is taken for validation/."""
+    folder = Path(directory, split)
+    if split == "validation" and not folder.is_dir() and Path(directory, "val").is_dir():
+        folder = Path(directory, "val")
+    return folder
+
+
+def visible_entries(folder):
+    """os.DirEntry of what is in a folder and not hidden, sorted by name."""
+    try:
+        entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
+    except OSError as error:
+        raise SystemExit(f"{folder}: cannot be read ({error.strerror}).") from None
+    return sorted(entries, key=lambda entry: entry.name)
+
+
+def is_class(entry):
+    """Whether an os.DirEntry of a split is a class; archives leave folders such as __MACOSX."""
+    return os.path.isdir(entry) and entry.name[0] != "_"
+
+
+def is_photo(entry):
+    """Whether an os.DirEntry is read; a pipe or a device would be waited for without end."""
+    return Path(entry.name).suffix.lower() in SUFFIXES and os.path.isfile(entry)
+
+
 def list_photos(directory):
-    """Return (classes, files) of a data folder without opening a photo.
+    """Return (classes, files, ignored) of a data folder without opening a photo.
 
     classes: sorted folder names, the same in all three splits. files: split -> sorted list of
-    "class/name.jpg". Exits with one line if a split is missing, classes differ or one is empty.
+    "class/name.jpg". ignored: split -> sorted list of what is there and not read, such as a HEIC
+    photo or a folder in a class folder. Exits with one line if a split is missing, classes differ
+    or one is empty.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        advice = f"Give one with --data, or `python data.py --download --data {directory}`."
-        raise SystemExit(f"{directory}: no such folder. {advice}")
-    classes, files = [], {}
-    for split in runs.SPLITS:
-        folder = directory / split
+        raise SystemExit(
+            f"{directory}: no such folder. Give one with --data, or fetch Food-11 with "
+            f"`python tools/prepare.py --download --data {directory}`."
+        )
+    classes, files, ignored = [], {}, {}
+    for split in SPLITS:
+        folder = split_folder(directory, split)
         if not folder.is_dir():
-            advice = f"{directory} must hold train/, validation/ and test/."
-            raise SystemExit(f"{folder}: no such folder. {advice}")
-        names = sorted(d.name for d in folder.iterdir() if d.is_dir() and d.name[0] not in "._")
-        classes = names if split == "train" else classes
+            raise SystemExit(
+                f"{folder}: no such folder. {directory} must hold train/, validation/ and test/."
+            )
+        names = [entry.name for entry in visible_entries(folder) if is_class(entry)]
+        if split == "train":
+            classes = names
         if names != classes:
             difference = ", ".join(sorted(set(names) ^ set(classes)))
             raise SystemExit(f"{folder}: not the classes of train/: {difference} is in only one.")
         files[split] = []
+        ignored[split] = [entry.name for entry in visible_entries(folder) if not is_class(entry)]
         for name in names:
-            entries = [e for e in os.scandir(folder / name) if e.name[0] != "." and not e.is_dir()]
-            photos = (e.name for e in entries if Path(e.name).suffix.lower() in SUFFIXES)
-            found = sorted(f"{name}/{photo}" for photo in photos)
-            if not found:
+            entries = visible_entries(folder / name)
+            photos = [f"{name}/{entry.name}" for entry in entries if is_photo(entry)]
+            if not photos:
                 raise SystemExit(f"{folder / name}: no photos. Add some or remove the class.")
-            files[split] += found
+            files[split] += photos
+            ignored[split] += [f"{name}/{entry.name}" for entry in entries if not is_photo(entry)]
     if len(classes) < 2:
         raise SystemExit(f"{directory}: {len(classes)} class, at least 2 are needed.")
-    return classes, files
+    return classes, files, ignored
 
 
 def decode(path, image_size):
@@ -81,6 +122,8 @@ def decode(path, image_size):
 
     The shorter side is resized, the longer one centre-cropped. Raises OSError if unreadable.
     """
+    if not Path(path).is_file():  # a pipe would be waited for without end
+        raise OSError("no such file, or not a regular one")
     content = Path(path).read_bytes()
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -98,48 +141,69 @@ def decode(path, image_size):
             image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=square)
     except UnidentifiedImageError:
         raise OSError("not a photo") from None
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(error) from error
+    except Exception as error:  # a damaged file makes PIL raise nearly anything
+        raise OSError(str(error) or repr(error)) from error
     return np.asarray(image).transpose(2, 0, 1), hashlib.sha256(content).digest()
 
 
 def load_split(directory, split, image_size, cache=".cache"):
     """Decode a split once, in parallel, into a memory-mapped file in `cache`; return a Split.
 
-    The map is found again by the files' names, sizes, modification times and the image size. The
-    fingerprint is a hash of the files' names and contents, whatever the folder is called. Memory
-    stays flat: the map is written 64 photos at a time and read on demand. Exits with one line if a
-    photo is unreadable or the cache cannot be written.
+    The map is found again by the files' names, sizes and times of change and by the image size.
+    Its checksum is compared every time it is opened. The fingerprint is a hash of the files' names
+    and contents, whatever the folder is called. Memory stays flat: the map is written 64 photos at
+    a time and read on demand. Exits with one line if a photo is unreadable or the cache cannot be
+    written.
     """
-    classes, files = list_photos(directory)
-    files, root, cache = files[split], Path(directory) / split, Path(cache)
+    classes, files, _ignored = list_photos(directory)
+    files, root = files[split], split_folder(directory, split)
     key = hashlib.sha256(f"{CACHE_FORMAT} {image_size}".encode())
     for name in files:
         try:
             status = (root / name).stat()
         except OSError as error:
             raise SystemExit(f"unreadable photo {root / name} ({error.strerror}).") from None
-        key.update(os.fsencode(f"{name} {status.st_size} {status.st_mtime_ns}\n"))
-    map_file = cache / f"{split}-{image_size}-{key.hexdigest()[:20]}.npy"
-    meta_file = map_file.with_suffix(".json")
+        # The time of change, unlike that of modification, can't be set back by a program.
+        times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+        key.update(os.fsencode(f"{name} {status.st_size} {times}\n"))
+    map_file = Path(cache, f"{split}-{image_size}-{key.hexdigest()[:20]}.pixels")
     labels = torch.tensor([classes.index(name.split("/")[0]) for name in files])
-    for _ in range(2):
-        with contextlib.suppress(OSError, ValueError, EOFError, KeyError, TypeError):
-            fingerprint = json.loads(meta_file.read_text())["fingerprint"]
-            # Mode "c" is a private map: torch wants a writable array, the file stays as it is.
-            images = np.load(map_file, mmap_mode="c")
-            if images.shape == (len(files), 3, image_size, image_size):
-                return Split(torch.from_numpy(images), labels, files, classes, fingerprint)
-        fingerprint = write_map(root, files, image_size, map_file)  # not there yet, or damaged
-        runs.write_json(meta_file, {"fingerprint": fingerprint})
-    raise SystemExit(f"{map_file}: cannot be read. Choose another --cache.")
+    images, fingerprint = open_map(map_file, (len(files), 3, image_size, image_size))
+    if images is None:  # not there yet, or damaged
+        write_map(root, files, image_size, map_file)
+        images, fingerprint = open_map(map_file, (len(files), 3, image_size, image_size))
+    if images is None:
+        raise SystemExit(f"{map_file}: cannot be read. Choose another --cache.")
+    return Split(images, labels, files, classes, fingerprint)
+
+
+def open_map(map_file, shape):
+    """Return (uint8 tensor of `shape` mapped from the file, fingerprint of the photos).
+
+    (None, None) if the map is missing or is not, byte for byte, what was written.
+    """
+    try:
+        stored = read_json(map_file.with_suffix(".json"), "pixels", "fingerprint")
+        # Mode "c" is a private map: torch wants a writable array, the file stays as it is.
+        images = np.memmap(map_file, np.uint8, "c", shape=shape)
+        if stored["pixels"] == checksum_pixels(images):
+            return torch.from_numpy(images), stored["fingerprint"]
+    except (OSError, ValueError, SystemExit):  # whatever is wrong with it, it can be made again
+        pass
+    return None, None
+
+
+def checksum_pixels(images):
+    """Checksum of uint8 [N, ...]: a hash of the hashes of 1024 photos each, in parallel."""
+    parts = [images[start : start + 1024] for start in range(0, len(images), 1024)]
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        digests = pool.map(lambda part: hashlib.sha256(part).digest(), parts)
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def write_map(root, files, image_size, map_file):
-    """Decode files into a .npy of uint8 [N, 3, H, W], in order; return the content fingerprint."""
+    """Decode files into a map, uint8 [N, 3, H, W] in order, and a .json that describes it."""
     fingerprint, unreadable = hashlib.sha256(), []
-    shape = (len(files), 3, image_size, image_size)
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
 
     def read(name):
         try:
@@ -148,20 +212,22 @@ def write_map(root, files, image_size, map_file):
             unreadable.append(f"{root / name} ({error})")
 
     # Ordinary writes, not a map: a full disk is then an OSError and not a bus error.
-    with runs.atomic_file(map_file) as file, ThreadPoolExecutor(runs.cpu_count()) as pool:
-        np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, len(files), 64):
-            chunk = files[start : start + 64]
+    with atomic_file(map_file) as file, ThreadPoolExecutor(cpu_count()) as pool:
+        for start in range(0, len(files), CHUNK):
+            chunk = files[start : start + CHUNK]
             for name, result in zip(chunk, pool.map(read, chunk), strict=True):
                 if result is not None:
-                    file.write(result[0].tobytes())
-                    fingerprint.update(os.fsencode(name) + result[1])
+                    pixels, digest = result
+                    file.write(pixels.tobytes())
+                    fingerprint.update(os.fsencode(name) + digest)
         if unreadable:
-            advice = f"remove or replace what `python data.py --data {root.parent}` lists"
             raise SystemExit(
-                f"unreadable photo {unreadable[0]}, {len(unreadable)} in all: {advice}"
+                f"unreadable photo {unreadable[0]}, {len(unreadable)} in all: remove or replace "
+                f"what `python tools/prepare.py --data {root.parent}` lists"
             )
-    return fingerprint.hexdigest()
+    written = np.memmap(map_file, np.uint8, "r").reshape(len(files), -1)
+    description = {"fingerprint": fingerprint.hexdigest(), "pixels": checksum_pixels(written)}
+    write_json(map_file.with_suffix(".json"), description)
 
 
 def on_device(images, device):
@@ -173,23 +239,26 @@ def on_device(images, device):
     return images.to(device) if fits else images
 
 
-def draw_augmentation(count, generator, crop_scale, rotation, jitter, flip):
+def draw_augmentation(count, generator, augmentation):
     """Draw one random view for each of `count` photos, on the CPU, the same on every device.
 
     Returns (theta float32 [N, 2, 3] for F.affine_grid, color float32 [N, 3]: factors of
-    brightness, contrast and saturation). crop_scale: smallest crop as a fraction of the area;
-    rotation: largest angle, degrees; jitter: largest change of a colour factor; flip: probability.
+    brightness, contrast and saturation).
     """
-    random = torch.rand(9, count, generator=generator)
-    area = crop_scale + (1 - crop_scale) * random[0]
-    aspect = torch.exp((2 * random[1] - 1) * math.log(4 / 3) * (crop_scale < 1))
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    angle = (2 * random[2] - 1) * math.radians(rotation)
-    mirror = 1 - 2 * (random[3] < flip).float()
-    x, y = (2 * random[4] - 1) * (1 - width), (2 * random[5] - 1) * (1 - height)
+    crop_scale, rotation, jitter, flip = augmentation
+    area, aspect, angle, mirror, x, y, *color = torch.rand(9, count, generator=generator)
+    area = crop_scale + (1 - crop_scale) * area
+    largest_aspect = 4 / 3 if crop_scale < 1 else 1.0
+    aspect = torch.exp((2 * aspect - 1) * math.log(largest_aspect))
+    width = (area * aspect).sqrt().clamp(max=1)
+    height = (area / aspect).sqrt().clamp(max=1)
+    angle = (2 * angle - 1) * math.radians(rotation)
+    mirror = torch.where(mirror < flip, -1.0, 1.0)
+    x, y = (2 * x - 1) * (1 - width), (2 * y - 1) * (1 - height)
     cos, sin = angle.cos(), angle.sin()
     rows = [width * cos * mirror, -height * sin, x, width * sin * mirror, height * cos, y]
-    return torch.stack(rows, 1).view(count, 2, 3), (1 + jitter * (2 * random[6:] - 1)).T
+    theta = torch.stack(rows, 1).view(count, 2, 3)
+    return theta, 1 + jitter * (2 * torch.stack(color, 1) - 1)
 
 
 @functools.cache
@@ -201,7 +270,7 @@ def constants(device):
 def augment(images, theta, color):
     """Crop, scale, flip, rotate, jitter and normalise a batch, each image with its own parameters.
 
-    images uint8 [B, 3, H, W], theta [B, 2, 3], color [B, 3] -> float32 [B, 3, H, W].
+    images uint8 [B, 3, H, W], theta [B, 2, 3], color [B, 3] -> float32 [B, 3, H, W], channels_last.
     """
     images = images.float()
     grid = F.affine_grid(theta, images.shape, align_corners=False)
@@ -214,23 +283,24 @@ def augment(images, theta, color):
     grey = images.mean((2, 3)) @ luma / 255
     offset = brightness * (1 - contrast) * grey[:, None, None] - mean
     matrix = brightness * contrast / 255 * matrix / std
-    pixels = torch.baddbmm(offset / std, matrix, images.flatten(2))
-    return pixels.view_as(images)
+    pixels = torch.baddbmm(offset / std, matrix, images.flatten(2)).view_as(images)
+    return pixels.contiguous(memory_format=torch.channels_last)
 
 
 def normalise(images):
-    """uint8 [B, 3, H, W] -> float32 [B, 3, H, W] with ImageNet's mean and deviation."""
-    mean, std, *_ = (constant[:, None] for constant in constants(images.device))
-    return (images.float() / 255 - mean) / std
+    """uint8 [B, 3, H, W] -> float32 likewise, channels_last, with ImageNet's mean and deviation."""
+    mean, std, *_ = constants(images.device)
+    pixels = (images.float() / 255 - mean[:, None]) / std[:, None]
+    return pixels.contiguous(memory_format=torch.channels_last)
 
 
 class Loader:
-    """Iterate once over a split: (float32 [B, 3, H, W] ready for a network, int64 [B]) on device.
+    """Iterate over a split: (float32 [B, 3, H, W] as networks take it, int64 [B]) on the device.
 
     Every photo comes exactly once, in batches whose sizes differ by at most one (no tiny last
-    batch to upset batch norm). With `augmentation` (arguments of draw_augmentation) the order is
-    shuffled and each photo gets its own view; both depend on `seed` and `epoch` alone, not on the
-    device. With `views=V` epoch e repeats the views (not the order) of epoch e % V.
+    batch to upset batch norm). With an Augmentation the order is shuffled and each photo gets its
+    own view; both are functions of seed and epoch alone (see set_epoch), the same on every device.
+    With `views=V` epoch e repeats the views (not the order) of epoch e % V.
     """
 
     def __init__(self, split, batch_size, device, augmentation=None, seed=0, views=None):
@@ -241,6 +311,10 @@ class Loader:
     def __len__(self):
         return math.ceil(len(self.labels) / self.batch_size)
 
+    def set_epoch(self, epoch):
+        """Choose the epoch, counted from 0, whose order and views come next."""
+        self.epoch = epoch
+
     def order(self):
         """Photo indices int64 [N] in the order of the current epoch."""
         if self.augmentation is None:
@@ -248,53 +322,26 @@ class Loader:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         return torch.randperm(len(self.labels), generator=generator)
 
-    def view(self, number):
-        """The augmentation parameters of view `number` for all photos, on the device."""
+    def draw_view(self, number):
+        """Augmentation parameters of view `number` for all photos, on the device; None without."""
+        if self.augmentation is None:
+            return None
         generator = torch.Generator().manual_seed((self.seed + 1) * 7_368_787 + number)
-        drawn = draw_augmentation(len(self.labels), generator, **self.augmentation)
+        drawn = draw_augmentation(len(self.labels), generator, self.augmentation)
         return [parameters.to(self.device, non_blocking=True) for parameters in drawn]
 
-    def batches(self, order, view=None):
-        """Yield (inputs, labels) for the photos of `order`, in the view given (see view())."""
-        order_here, order = order.to(self.images.device), order.to(self.device)
-        parts = order_here.tensor_split(len(self)), order.tensor_split(len(self))
-        for index_here, index in zip(*parts, strict=True):
-            images = self.images[index_here].to(self.device, non_blocking=True)
+    def batches(self, order, view):
+        """Yield (inputs, labels) for the photos of `order`, int64 [N], in a view of draw_view()."""
+        # Both copies are made here, once: within an epoch nothing waits for the device.
+        where_images_are = order.to(self.images.device).tensor_split(len(self))
+        on_the_device = order.to(self.device).tensor_split(len(self))
+        for index_here, index in zip(where_images_are, on_the_device, strict=True):
+            images = self.images[index_here].to(self.device)
             if view is None:
                 yield normalise(images), self.labels[index]
             else:
                 yield augment(images, *(part[index] for part in view)), self.labels[index]
 
     def __iter__(self):
-        view = None
-        if self.augmentation is not None:
-            view = self.view(self.epoch % self.views if self.views else self.epoch)
-        yield from self.batches(self.order(), view)
-        self.epoch += 1
-
-
-def main(argv=None):
-    from tools import demo, photos  # with matplotlib, for which training has no use
-
-    parser = runs.Parser(__doc__)
-    runs.add_place_flags(parser)
-    parser.add_argument("--download", action="store_true", help="fetch Food-11 into --data first")
-    parser.add_argument("--demo", action="store_true", help="draw a made-up set, into demo/")
-    parser.add_argument("--image-size", type=runs.number(int, 32), nargs="+", default=[96],
-                        help="sizes to decode train/ and validation/ to in advance")  # fmt: skip
-    arguments = parser.parse_args(argv)
-    directory = Path(arguments.data)
-    if arguments.demo and arguments.data == parser.get_default("data"):
-        directory = Path("demo")  # drawings must not be taken for Food-11
-    if arguments.download:
-        photos.download_food11(directory, Path(arguments.cache))
-    elif arguments.demo:
-        demo.draw_demo(directory)
-    photos.check(directory, Path(arguments.output, "figures", "photos.png"))
-    for size in arguments.image_size:
-        for split in ("train", "validation"):
-            load_split(directory, split, size, arguments.cache)
-
-
-if __name__ == "__main__":
-    runs.run_main(main)
+        number = self.epoch % self.views if self.views else self.epoch
+        return self.batches(self.order(), self.draw_view(number))

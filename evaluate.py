@@ -1,15 +1,20 @@
-"""Measure finished runs on a split. The only script that shows test photos to a network.
+"""Choose the best runs by validation, measure them on the test split, compare them.
 
-    python evaluate.py --run plain-lr0.02-bs64-seed0 --split test
-    python evaluate.py --chosen --split test          every run that summary.json names as chosen
-    python evaluate.py --run NAME --image lunch.jpg   top 3 classes for any photo
+    python evaluate.py --chosen --data food11            the whole study: writes summary.json
+    python evaluate.py --run NAME --split validation     one run
+    python evaluate.py --best --image lunch.jpg photos/  top 3 classes of any photos
 
-Writes results/evaluations/NAME.SPLIT.json.
+Writes results/evaluations/NAME.SPLIT.json for each run measured. The only script that shows test
+photos to a network; what is chosen is chosen before that, by validation accuracy.
 """
 
 import hashlib
-import pickle
+import io
+import itertools
+import math
 from pathlib import Path
+
+from common import Parser, add_place_flags, read_json, read_runs, run_name, write_json
 
 import numpy as np
 import torch
@@ -17,9 +22,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import engine
 import models
-import runs
-import train_scratch
+
+METRICS_FORMAT = 1  # raise it when an evaluation says more, so that old ones are made again
+# What transfer runs of one network and one case differ in.
+SAME_CASE = ("learning_rate", "batch_size", "seed", "threads")
+
+
+# ---------------------------------------------------------------------------------------------
+# Metrics
 
 
 def confusion_matrix(labels, predicted, classes):
@@ -29,13 +41,17 @@ def confusion_matrix(labels, predicted, classes):
     return matrix
 
 
-def metrics(labels, predicted, classes):
-    """Accuracy, its 95% Wilson interval, confusion matrix, and precision, recall, F1 by class.
+def metrics(labels, probabilities, classes):
+    """Accuracy with its 95% Wilson interval, top-3 accuracy, confusion matrix, and precision,
+    recall and F1 of each class.
 
-    labels, predicted: int [N]; classes: list of names. A ratio with nothing below the line is 0.
+    labels: int [N]; probabilities: float [N, classes]; classes: names. A ratio with nothing below
+    the line is 0.
     """
+    predicted = probabilities.argmax(1)
     matrix = confusion_matrix(labels, predicted, len(classes))
     hits, accuracy = np.diag(matrix), float((labels == predicted).mean())
+    best_three = np.argsort(-probabilities, axis=1, kind="stable")[:, :3]
 
     def ratio(above, below):
         return np.divide(above, below, out=np.zeros(len(classes)), where=below > 0)
@@ -44,7 +60,8 @@ def metrics(labels, predicted, classes):
     f1 = ratio(2 * precision * recall, precision + recall)
     return {
         "accuracy": accuracy,
-        "interval_95": list(runs.wilson_interval(accuracy, len(labels))),
+        "interval_95": list(wilson_interval(accuracy, len(labels))),
+        "top3_accuracy": float((best_three == labels[:, None]).any(axis=1).mean()),
         "confusion_matrix": matrix.tolist(),
         "per_class": {
             name: {
@@ -58,26 +75,112 @@ def metrics(labels, predicted, classes):
     }
 
 
+def wilson_interval(accuracy, total):
+    """95% interval (low, high) of an accuracy (fraction) measured on `total` photos.
+
+    Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
+    """
+    z = 1.959964
+    center = (accuracy + z * z / (2 * total)) / (1 + z * z / total)
+    spread = math.sqrt(accuracy * (1 - accuracy) / total + z * z / (4 * total * total))
+    half = z * spread / (1 + z * z / total)
+    # Rounding must not put the accuracy outside.
+    return max(0.0, min(accuracy, center - half)), min(1.0, max(accuracy, center + half))
+
+
+def mcnemar(first, second):
+    """Exact McNemar test on the same photos: (difference, interval_95, p_value).
+
+    first, second: bool [N], whether each photo was classified right. difference: accuracy of
+    `first` minus that of `second`; p_value: two-sided, binomial. McNemar, "Note on the sampling
+    error of the difference between correlated proportions or percentages", Psychometrika 1947.
+    The interval is Clopper and Pearson's (Biometrika 1934) for the share of gains among the photos
+    that only one of them got right: it excludes zero exactly where p_value < 0.05.
+    """
+    gains, losses = int((first & ~second).sum()), int((second & ~first).sum())
+    apart = gains + losses
+    tail = sum(math.comb(apart, k) for k in range(min(gains, losses) + 1)) / 2**apart
+    high, low = largest_share(gains, apart), 1 - largest_share(losses, apart)
+    interval = [(2 * share - 1) * apart / len(first) for share in (low, high)]
+    return (gains - losses) / len(first), interval, min(1.0, 2 * tail)
+
+
+def largest_share(count, total):
+    """The share for which `count` or fewer of `total` have a probability of 2.5%, by bisection."""
+    if count == total:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        share, probability = (low + high) / 2, 0.0
+        for k in range(count + 1):
+            ways = math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1)
+            probability += math.exp(ways + k * math.log(share) + (total - k) * math.log(1 - share))
+        if probability > 0.025:
+            low = share
+        else:
+            high = share
+    return share
+
+
+def paired_difference(first, second):
+    """Compare two models on the same photos with the same seeds -> a dict for the JSON.
+
+    first, second: bool [seeds, photos], whether each photo was classified right. With one seed the
+    exact McNemar test: the interval holds for other photos. With several the mean over seeds of
+    each photo is compared, and a normal interval holds for other photos and other seeds; with two
+    or three seeds that differ much it is somewhat too narrow.
+    """
+    if len(first) == 1:
+        method = "exact McNemar test"
+        difference, interval, p_value = mcnemar(first[0], second[0])
+    else:
+        method = f"over photos and {len(first)} seeds"
+        apart = first.astype(float) - second
+        difference = float(apart.mean())
+        variance = apart.mean(0).var(ddof=1) / apart.shape[1]
+        variance += apart.mean(1).var(ddof=1) / apart.shape[0]
+        half = 1.959964 * float(variance) ** 0.5
+        interval = [difference - half, difference + half]
+        score = abs(difference) / max(float(variance) ** 0.5, 1e-12)
+        p_value = math.erfc(score / 2**0.5)
+    return {
+        "difference": difference,
+        "interval_95": interval,
+        "p_value": p_value,
+        "different": p_value < 0.05,
+        "method": method,
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Networks
+
+
 def load_model(output, name, device):
-    """Return (model in eval mode on `device`, checkpoint) of a finished run."""
-    path = Path(output, "checkpoints", f"{name}.pt")
+    """Return (model in eval mode on `device`, checkpoint) of a finished run.
+
+    The bytes must be those whose digest stands in the run's JSON.
+    """
+    path = engine.checkpoint_file(output, name)
+    if not path.is_file():
+        known = ", ".join(p.stem for p in sorted(path.parent.glob("*.pt"))) or "none"
+        raise SystemExit(f"no checkpoint {path}. Finished runs there: {known}.")
+    content = path.read_bytes()
+    damaged = f"{path} is damaged, or of another models.py: delete it and train again."
+    stored = read_json(Path(output, "runs", f"{name}.json")).get("checkpoint_sha256")
+    if stored not in (None, hashlib.sha256(content).hexdigest()):
+        raise SystemExit(damaged)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         config, classes = checkpoint["config"], checkpoint["classes"]
         if checkpoint["kind"] == "scratch":
             model = models.SCRATCH[config["model"]](len(classes))
         else:
             model = models.build_backbone(config["backbone"], len(classes), "none")
         model.load_state_dict(checkpoint["state"])
-    except FileNotFoundError:
-        known = ", ".join(p.stem for p in sorted(path.parent.glob("*.pt"))) or "none"
-        raise SystemExit(f"no checkpoint {path}. Finished runs there: {known}.") from None
-    except (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, AttributeError,
-            pickle.UnpicklingError):  # fmt: skip
-        raise SystemExit(
-            f"{path} is damaged or of another version. Delete it and train again."
-        ) from None
-    return model.to(device, memory_format=train_scratch.MEMORY_FORMAT).eval(), checkpoint
+    except Exception:  # a file of another version, or without a digest, makes torch raise anything
+        raise SystemExit(damaged) from None
+    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
 @torch.no_grad()
@@ -87,8 +190,8 @@ def predict(model, images, context, flip=False):
     flip: mean of the probabilities of each photo and of its mirror image.
     """
     with context:
-        logits = model(images.contiguous(memory_format=train_scratch.MEMORY_FORMAT))
-    probabilities = logits.float().nan_to_num().softmax(1)  # a diverged run gives no numbers
+        logits = model(images)
+    probabilities = logits.float().softmax(1)
     if flip:
         probabilities = (probabilities + predict(model, images.flip(3), context)) / 2
     return probabilities
@@ -108,13 +211,13 @@ def activation_maps(model, images, context):
     *_, last = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     hook = last.register_forward_hook(keep)
     with torch.enable_grad(), context:
-        logits = model(images.contiguous(memory_format=train_scratch.MEMORY_FORMAT)).float()
+        logits = model(images).float()
     hook.remove()
     [gradient] = torch.autograd.grad(logits.amax(1).sum(), outputs)
     weights = gradient.float().mean((2, 3), keepdim=True)
     features = outputs[0].detach().float()
     features = features - features.mean((2, 3), keepdim=True)
-    maps = F.relu((weights * features).sum(1)).nan_to_num()
+    maps = F.relu((weights * features).sum(1))
     return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 
@@ -130,91 +233,349 @@ def examples(labels, predicted, probabilities):
     return chosen
 
 
-def evaluate_run(name, arguments, device):
-    """Evaluate one run on the split and write its JSON, unless that is there and still true."""
-    suffix = "-flip" if arguments.flip else ""
-    path = Path(arguments.output, "evaluations", f"{name}.{arguments.split}{suffix}.json")
-    checkpoint_file = Path(arguments.output, "checkpoints", f"{name}.pt")
+def stamp_of(run, split):
+    """What an evaluation is of: the digests of the weights and of the photos, one string."""
+    unknown = "0" * 64  # of a run of an earlier version
+    return run.get("checkpoint_sha256", unknown) + split.fingerprint
+
+
+def evaluate_run(name, split_name, arguments, device):
+    """Evaluate one run on a split and write its JSON, unless that is there and still true."""
+    path = Path(arguments.output, "runs", f"{name}.json")
+    run = read_json(path, "config", "data")
+    size, cache = run["config"]["image_size"], arguments.cache
+    split = data.load_split(arguments.data, split_name, size, cache)
+    validation = data.load_split(arguments.data, "validation", size, cache)
+    ending = f"{split_name}-flip" if arguments.flip else split_name
+    if run["data"]["fingerprint"].split("-")[1] != validation.fingerprint[:16]:
+        if not arguments.other_photos:
+            raise SystemExit(
+                f"{name} was trained on other photos than those in {arguments.data}. Give that "
+                "folder with --data, or --other-photos to measure it on these."
+            )
+        ending += f"-{split.fingerprint[:8]}"  # the evaluation on its own photos stays
+    path = Path(arguments.output, "evaluations", f"{name}.{ending}.json")
+    if path.exists():
+        stored = read_json(path)
+        if stored.get("stamp") == stamp_of(run, split) and stored.get("format") == METRICS_FORMAT:
+            return stored
     model, checkpoint = load_model(arguments.output, name, device)
-    config, classes = checkpoint["config"], checkpoint["classes"]
-    split = data.load_split(arguments.data, arguments.split, config["image_size"], arguments.cache)
+    classes = checkpoint["classes"]
     if split.classes != classes:
-        raise SystemExit(f"{name} was trained on the classes {', '.join(classes)}; "
-                         f"{arguments.data} has others.")  # fmt: skip
-    stamp = hashlib.sha256(checkpoint_file.read_bytes()).hexdigest() + split.fingerprint
-    if path.exists() and runs.read_json(path).get("stamp") == stamp:
-        return runs.read_json(path)
-    context = train_scratch.autocast(device, config["precision"])
-    loader = data.Loader(split, 64, device)
+        raise SystemExit(
+            f"{name} was trained on the classes {', '.join(classes)}; {arguments.data} has others."
+        )
+    context = engine.autocast(device, run["config"]["precision"])
+    loader = data.Loader(split, engine.EVALUATION_BATCH, device)
     batches = [predict(model, images, context, arguments.flip) for images, _ in loader]
-    probabilities = torch.cat(batches).cpu().numpy()
-    labels, predicted = split.labels.numpy(), probabilities.argmax(1)
-    result = {"name": name, "split": arguments.split, "flip": arguments.flip, "stamp": stamp}
-    result |= {"classes": classes, **metrics(labels, predicted, classes)}
-    columns = split.files, labels, predicted, probabilities.max(1)
-    result["predictions"] = [
-        {"file": file, "label": int(label), "predicted": int(guess), "probability": float(p)}
-        for file, label, guess, p in zip(*columns, strict=True)
-    ]
-    shown = examples(labels, predicted, probabilities.max(1))
+    probabilities, labels = torch.cat(batches).cpu().numpy(), split.labels.numpy()
+    predicted, confidence = probabilities.argmax(1), probabilities.max(1)
+    shown = examples(labels, predicted, confidence)
     maps = activation_maps(model, data.normalise(split.images[shown].to(device)), context).tolist()
-    result["activation_maps"] = [
-        {"photo": i, "map": [[round(value, 3) for value in row] for row in rows]}
-        for i, rows in zip(shown, maps, strict=True)
-    ]
-    runs.write_json(path, result)
-    return result
+    evaluation = {
+        "name": name,
+        "split": split_name,
+        "flip": arguments.flip,
+        "stamp": stamp_of(run, split),
+        "format": METRICS_FORMAT,
+        "classes": classes,
+        **metrics(labels, probabilities, classes),
+        "predictions": [
+            {"file": file, "label": int(label), "predicted": int(guess), "probability": float(p)}
+            for file, label, guess, p in zip(
+                split.files, labels, predicted, confidence, strict=True
+            )
+        ],
+        "activation_maps": [
+            {"photo": i, "map": [[round(value, 3) for value in row] for row in rows]}
+            for i, rows in zip(shown, maps, strict=True)
+        ],
+    }
+    write_json(path, evaluation)
+    return evaluation
 
 
 def classify_photos(name, arguments, device):
-    """Print the three most probable classes of each photo in arguments.image."""
+    """Print the three most probable classes of each photo in arguments.image, files or folders."""
     model, checkpoint = load_model(arguments.output, name, device)
-    config, classes = checkpoint["config"], checkpoint["classes"]
-    context = train_scratch.autocast(device, config["precision"])
-    for file in arguments.image:
-        try:
-            pixels, _ = data.decode(file, config["image_size"])
-        except OSError as error:
-            raise SystemExit(f"{file}: not a readable photo ({error})") from None
-        image = data.normalise(torch.tensor(pixels)[None].to(device))
-        row = predict(model, image, context, arguments.flip)[0].cpu()
-        best = [f"{classes[i]} {row[i]:.1%}" for i in row.argsort(descending=True)[:3].tolist()]
-        print(f"{file}: {', '.join(best)}")
+    config, classes, unread = checkpoint["config"], checkpoint["classes"], 0
+    context = engine.autocast(device, config["precision"])
+    print(f"{name}:")
+    for place in map(Path, arguments.image):
+        inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in data.SUFFIXES)
+        if place.is_dir() and not inside:
+            print(f"{place}: no photos in it")
+            unread += 1
+        for file in inside if place.is_dir() else [place]:
+            try:
+                pixels, _ = data.decode(file, config["image_size"])
+            except OSError as error:
+                print(f"{file}: not a readable photo ({error})")
+                unread += 1
+                continue
+            image = data.normalise(torch.tensor(pixels)[None].to(device))
+            row = predict(model, image, context, arguments.flip)[0].cpu()
+            order = row.argsort(descending=True)[:3].tolist()
+            print(f"{file}: {', '.join(f'{classes[i]} {row[i]:.1%}' for i in order)}")
+    if unread:
+        raise SystemExit(f"{unread} files could not be read, see above")
+
+
+# ---------------------------------------------------------------------------------------------
+# The study: what was chosen, and how it compares
+
+
+def label_of(config):
+    """What a chosen model is called in every table and figure."""
+    if "model" in config:
+        dropout = f", dropout {config['dropout']:g}" if config["dropout"] else ""
+        return f"{config['model']} CNN{dropout}"
+    count = config["unfreeze_convolutions"]
+    case = f"last {count} convolutions + FC" if count else "FC only"
+    return f"{config['backbone']}, {case}"
+
+
+def largest_group(runs, vary):
+    """The runs that differ in nothing but the flags `vary`; if there are several such groups the
+    largest, of equal ones that with the most epochs."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(str(sorted(engine.settings(run["config"], vary).items())), []).append(run)
+    return max(groups.values(), key=lambda group: (len(group), group[0]["config"]["epochs"]))
+
+
+def table_line(run, chosen):
+    """One line of the tables `grid`, `dropout` and `transfer` of summary.json."""
+    config, best = run["config"], run["best"] or {}
+    line = {
+        "run": run["name"],
+        "model": run["model"]["name"],
+        "learning_rate": config["learning_rate"],
+        "batch_size": config["batch_size"],
+        "dropout": config["dropout"],
+        "seed": config["seed"],
+        "epoch": best.get("epoch"),
+        "validation_accuracy": best.get("validation_accuracy"),
+        "validation_loss": best.get("validation_loss"),
+        "seconds": run["seconds"],
+        "chosen": chosen,
+    }
+    if "unfreeze_convolutions" in config:
+        line["unfreeze_convolutions"] = config["unfreeze_convolutions"]
+    return line
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def spread(values):
+    """Standard deviation over seeds; None for a single seed."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def model_row(runs, output):
+    """One chosen model over its seeds: accuracies with intervals, gap, cost."""
+    photos = sum(runs[0]["data"]["counts"]["validation"].values())
+    validation = [run["best"]["validation_accuracy"] for run in runs]
+    evaluations = [read_evaluation(output, run["name"]) for run in runs]
+    for run, evaluation in zip(runs, evaluations, strict=True):
+        digest = run.get("checkpoint_sha256")  # results of an earlier version have none
+        if evaluation and digest and not evaluation["stamp"].startswith(digest):
+            evaluations = [None]  # of weights that have been trained anew since
+    row = {
+        "label": label_of(runs[0]["config"]),
+        "kind": runs[0]["kind"],
+        "runs": [run["name"] for run in runs],
+        "seeds": [run["config"]["seed"] for run in runs],
+        "validation_accuracy": mean(validation),
+        "validation_spread": spread(validation),
+        "validation_interval_95": list(wilson_interval(mean(validation), photos)),
+        "test_accuracy": None,
+        "test_spread": None,
+        "test_interval_95": None,
+        "gap": None,
+        "parameters": runs[0]["model"]["parameters"],
+        "trainable_parameters": runs[0]["model"]["trainable_parameters"],
+        "seconds": mean([run["seconds"] for run in runs]),
+    }
+    if all(evaluations):
+        test = [evaluation["accuracy"] for evaluation in evaluations]
+        row["test_accuracy"], row["test_spread"] = mean(test), spread(test)
+        photos = len(evaluations[0]["predictions"])
+        row["test_interval_95"] = list(wilson_interval(mean(test), photos))
+        row["gap"] = mean(validation) - mean(test)
+    return row
+
+
+def read_evaluation(output, name, split="test"):
+    """The content of an evaluation's JSON, or None if it has not been made."""
+    path = Path(output, "evaluations", f"{name}.{split}.json")
+    return read_json(path, "accuracy", "predictions", "stamp") if path.exists() else None
+
+
+def right_photos(output, name, split="test"):
+    """Whether a run classified each photo of a split right: file -> bool."""
+    predictions = read_evaluation(output, name, split)["predictions"]
+    return {photo["file"]: photo["label"] == photo["predicted"] for photo in predictions}
+
+
+def stack_photos(tables):
+    """bool [runs, photos] from a list of right_photos(), of the photos that are in all of them."""
+    files = sorted(set.intersection(*(set(table) for table in tables)))
+    return np.array([[table[file] for file in files] for table in tables])
+
+
+def compare(rows, output):
+    """Paired comparisons of all rows measured on the same test photos, on the seeds they share."""
+    comparisons = []
+    measured = [row for row in rows if row["test_accuracy"] is not None]
+    names = [name for row in measured for name in row["runs"]]
+    right = {name: right_photos(output, name) for name in names}
+    photos = {name: read_evaluation(output, name)["stamp"][64:] for name in names}
+    for a, b in itertools.combinations(measured, 2):
+        seeds = [seed for seed in a["seeds"] if seed in b["seeds"]]
+        pair = [row["runs"][row["seeds"].index(seed)] for row in (a, b) for seed in seeds]
+        if seeds and len({photos[name] for name in pair}) == 1:
+            first, second = np.split(stack_photos([right[name] for name in pair]), 2)
+            line = {"a": a["label"], "b": b["label"], **paired_difference(first, second)}
+            comparisons.append(line)
+    return comparisons
+
+
+def at_setting(runs, setting):
+    """The runs that have not failed, of one (learning rate, batch size)."""
+    same = []
+    for run in runs:
+        config = run["config"]
+        if run["best"] is not None and (config["learning_rate"], config["batch_size"]) == setting:
+            same.append(run)
+    return same
+
+
+def add_scratch(summary, name, runs, output):
+    """Add one network from scratch: its grid, what was chosen, and that with dropout."""
+    grid = [run for run in runs if run["config"]["dropout"] == 0]
+    if not grid:
+        return
+    setting = engine.best_setting(grid)
+    chosen, with_dropout = at_setting(grid, setting), at_setting(runs, setting)
+    summary["grid"] += [table_line(run, run in chosen) for run in grid]
+    if chosen:
+        summary["choices"][name] = [table_line(run, True) for run in chosen]
+        summary["dropout"] += [table_line(run, run in chosen) for run in with_dropout]
+    for dropout in sorted({run["config"]["dropout"] for run in with_dropout}):
+        seeds = [run for run in with_dropout if run["config"]["dropout"] == dropout]
+        summary["models"].append(model_row(seeds, output))
+
+
+def add_transfer(summary, runs, output):
+    """Add one case of one backbone: every learning rate, and what was chosen."""
+    chosen = at_setting(runs, engine.best_setting(runs))
+    summary["transfer"] += [table_line(run, run in chosen) for run in runs]
+    if chosen:
+        summary["models"].append(model_row(chosen, output))
+
+
+def summarise(output):
+    """Build summary.json, but for the comparisons, from the runs and evaluations in `output`.
+
+    A study is the runs on the same photos, of each network those that differ only in what is tuned.
+    """
+    runs = list(read_runs(output).values())
+    if not runs:
+        raise SystemExit(f"{output}/runs holds no finished run: train one first.")
+    fingerprints = [run["data"]["fingerprint"] for run in runs]
+    fingerprint = max(sorted(set(fingerprints)), key=fingerprints.count)
+    study = [run for run in runs if run["data"]["fingerprint"] == fingerprint]
+    study.sort(key=lambda run: (run["config"]["dropout"], run["config"]["seed"], run["name"]))
+    scratch, transfer = {}, {}
+    for run in study:
+        name = run["model"]["name"]
+        if run["kind"] == "scratch":
+            scratch.setdefault(name, []).append(run)
+        else:
+            case = run["config"]["unfreeze_convolutions"], name
+            transfer.setdefault(case, []).append(run)
+    summary = {"grid": [], "choices": {}, "dropout": [], "transfer": [], "models": []}
+    for name, members in sorted(scratch.items()):
+        add_scratch(summary, name, largest_group(members, engine.GRID_FLAGS), output)
+    for _case, members in sorted(transfer.items()):
+        add_transfer(summary, largest_group(members, SAME_CASE), output)
+    summary["failed"] = [
+        {"run": run["name"], "reason": run["failed"]} for run in study if "failed" in run
+    ]
+    lines = summary["grid"] + summary["dropout"] + summary["transfer"] + summary["failed"]
+    named = {line["run"] for line in lines}
+    summary["left_out"] = [run["name"] for run in runs if run["name"] not in named]
+    return summary
+
+
+def format_accuracy(row, split):
+    """Accuracy of a row of the summary's `models` on a split, its spread over seeds, interval."""
+    if row[f"{split}_accuracy"] is None:
+        return "not evaluated"
+    low, high = row[f"{split}_interval_95"]
+    spread = row[f"{split}_spread"]
+    seeds = "" if spread is None else f" ± {100 * spread:.1f}"
+    return f"{row[f'{split}_accuracy']:.1%}{seeds} [{low:.1%}, {high:.1%}]"
+
+
+def print_summary(summary):
+    """The chosen models as a table, then what failed or does not belong to the study."""
+    width = max((len(row["label"]) for row in summary["models"]), default=12)
+    print(f"{'chosen model':{width}}  {'validation [95%]':30}  {'test [95%]':30}  gap")
+    for row in summary["models"]:
+        gap = "" if row["gap"] is None else f"{100 * row['gap']:+.1f}"
+        validation, test = format_accuracy(row, "validation"), format_accuracy(row, "test")
+        print(f"{row['label']:{width}}  {validation:30}  {test:30}  {gap}")
+    for failure in summary["failed"]:
+        print(f"failed: {failure['run']}, {failure['reason']}")
+    if summary["left_out"]:
+        print(f"left out, of other settings or photos: {', '.join(summary['left_out'])}")
 
 
 def main(argv=None):
-    parser = runs.Parser(__doc__)
-    runs.add_place_flags(parser)
-    parser.add_argument(
-        "--run",
-        type=runs.run_name_type,
-        nargs="+",
-        metavar="NAME",
-        default=[],
-        help="finished runs",
-    )
-    parser.add_argument("--chosen", action="store_true", help="the runs chosen in summary.json")
-    parser.add_argument("--split", choices=("validation", "test"), default="validation",
-                        help="of the photos")  # fmt: skip
-    parser.add_argument("--flip", action="store_true", help="average over photo and mirror image")
-    parser.add_argument("--image", nargs="+", metavar="FILE", help="photos to classify")
+    parser = Parser(__doc__)
+    add_place_flags(parser)
+    flag = parser.add_argument
+    flag("--run", type=run_name, nargs="+", default=[], metavar="NAME", help="finished runs")
+    flag("--best", action="store_true", help="the best model by validation, its first seed")
+    flag("--chosen", action="store_true", help="the best of each network; writes summary.json")
+    flag("--split", choices=("validation", "test"), help="default: validation; test with --chosen")
+    flag("--flip", action="store_true", help="average over photo and mirror image")
+    flag("--image", nargs="+", metavar="PATH", help="photos or folders of photos to classify")
+    flag("--other-photos", action="store_true", help="measure on photos of no part in the study")
     arguments = parser.parse_args(argv)
-    names = list(arguments.run)
+    names, split = list(arguments.run), arguments.split or "validation"
+    if arguments.best or arguments.chosen:
+        rows = summarise(arguments.output)["models"]
+        if not rows:
+            raise SystemExit(f"{arguments.output}/runs: no run to choose; all have failed.")
+    if arguments.best:
+        names.append(max(rows, key=lambda row: row["validation_accuracy"])["runs"][0])
     if arguments.chosen:
-        summary = runs.read_json(Path(arguments.output, "summary.json"), "models")
-        names += [name for model in summary["models"] for name in model["runs"]]
+        split = arguments.split or "test"
+        names += [name for row in rows for name in row["runs"]]
     if not names:
-        parser.error("name the runs to evaluate with --run, or give --chosen")
-    device = train_scratch.pick_device(arguments.device)
+        parser.error("name runs with --run, or give --best or --chosen")
+    device = engine.pick_device(arguments.device)
     for name in dict.fromkeys(names):
         if arguments.image:
             classify_photos(name, arguments, device)
             continue
-        result = evaluate_run(name, arguments, device)
-        low, high = result["interval_95"]
-        print(f"{name}  {arguments.split} accuracy {result['accuracy']:.1%} "
-              f"(95% interval {low:.1%} to {high:.1%})")  # fmt: skip
+        evaluation = evaluate_run(name, split, arguments, device)
+        low, high = evaluation["interval_95"]
+        print(
+            f"{name}  {split} accuracy {evaluation['accuracy']:.1%} "
+            f"(95% interval {low:.1%} to {high:.1%})"
+        )
+    if arguments.chosen:
+        summary = summarise(arguments.output)
+        summary["comparisons"] = compare(summary["models"], arguments.output)
+        write_json(Path(arguments.output, "summary.json"), summary)
+        print_summary(summary)
 
 
 if __name__ == "__main__":
-    runs.run_main(main)
+    main()

@@ -2,67 +2,67 @@
 
     python finetune.py --data food11 --backbone mobilenet_v2 --unfreeze-convolutions 0
     python finetune.py --data food11 --backbone mobilenet_v2 --unfreeze-convolutions 2
-    python finetune.py --data food11 --backbone shufflenet_v2_x1_0 --learning-rate 0.001 0.003
+    python finetune.py --backbone shufflenet_v2_x1_0 --learning-rate 0.001 0.003 --seed 0 1 2
 
 The frozen part of the network runs once per augmented view of each photo, not once per epoch; its
-output is kept in memory and the rest is trained on that, by the loop of train_scratch.py. Writes
-results/runs/NAME.json and results/checkpoints/NAME.pt. It opens train/ and validation/ only.
+output is kept in memory, for all runs that share it, and the rest is trained on that by the loop of
+engine.py. What is written and read is as with train_scratch.py.
 """
 
 import time
 
+from common import Parser, add_place_flags, number
+
 import torch
-from torch import nn
 
 import data
+import engine
 import models
-import runs
-import train_scratch
 
 
 def build_parser():
-    parser = runs.Parser(__doc__)
-    parser.add_argument("--backbone", choices=runs.BACKBONES, metavar="NETWORK",
-                        default="mobilenet_v2", help=", ".join(runs.BACKBONES))  # fmt: skip
-    parser.add_argument("--weights", metavar="W", default="IMAGENET1K_V1", help="that name, none "
-                        "(random), or a file of torchvision's state dict")  # fmt: skip
-    parser.add_argument("--unfreeze-convolutions", type=runs.number(int, 0), default=0,
-                        help="how many of the last convolutions to train; 0: FC only")  # fmt: skip
-    runs.add_training_flags(
-        parser,
-        image_size=288,
-        batch_size=64,
-        learning_rate=[0.001],
-        optimizer="adamw",
-        weight_decay=0.05,
-        dropout=0.2,
-        crop_scale=0.5,
-        flip=0.5,
-        rotation=0.0,
-        jitter=0.1,
+    parser = Parser(__doc__)
+    add_place_flags(parser)
+    engine.add_training_flags(parser)
+    flag, many = parser.add_argument, {"nargs": "+"}
+    share, names = number(float, 0, 1), ", ".join(models.BACKBONES)
+    flag("--backbone", choices=models.BACKBONES, default="mobilenet_v2", metavar="B", help=names)
+    flag("--weights", default="IMAGENET1K_V1", help="that name, none (random), or a file")
+    flag("--unfreeze-convolutions", type=number(int, 0), default=0, help="how many of the last")
+    flag("--image-size", type=number(int, 32, 2048), default=288, help="side of the photos, pixels")
+    flag("--learning-rate", type=number(float, 1e-12), default=[0.001], help="the highest", **many)
+    flag("--dropout", type=number(float, 0, 0.99), default=[0.2], help="before the FC", **many)
+    flag("--optimizer", choices=("muon", "adamw"), default="adamw", help="muon: matrices by Muon")
+    flag("--weight-decay", type=number(float, 0), default=0.05, help="decoupled")
+    flag(
+        "--crop-scale", type=number(float, 0.01, 1), default=0.5, help="smallest crop, of the area"
     )
-    parser.add_argument("--views", type=runs.number(int, 1), default=4,
-                        help="augmented views of each photo; the epochs take turns")  # fmt: skip
-    parser.add_argument("--feature-memory", type=runs.number(float, 0), default=4.0, metavar="GIB",
-                        help="memory for outputs of the frozen part; if they need more it runs "
-                        "in every step")  # fmt: skip
-    for action in parser._actions:  # several learning rates share one pass of the frozen part
-        if action.dest == "learning_rate":
-            action.nargs, action.help = "+", "highest learning rate; each value is a run of its own"
+    flag("--rotation", type=number(float, 0, 180), default=0.0, help="largest, degrees")
+    flag("--jitter", type=share, default=0.1, help="largest change of colours, as a fraction")
+    flag("--flip", type=share, default=0.5, help="probability of a mirrored photo")
+    flag("--views", type=number(int, 1), default=4, help="of each photo; the epochs take turns")
+    flag("--feature-memory", type=number(float, 0), default=4.0, help="for kept features, GiB")
     return parser
 
 
-class FrozenThenTrained(nn.Module):
-    """The frozen part without gradient, its output rounded to half precision, then the rest."""
+class FrozenLoader:
+    """A data.Loader that yields features instead of photos, computed anew for every batch.
 
-    def __init__(self, frozen, trained):
-        super().__init__()
-        self.frozen, self.trained = frozen, trained
+    Yields (float32 [B, ...], rounded to half precision as in FeatureLoader, labels int64 [B]).
+    """
 
-    def forward(self, images):
-        with torch.no_grad():
-            features = self.frozen(images).half().float()
-        return self.trained(features)
+    def __init__(self, loader, frozen, context):
+        self.loader, self.frozen, self.context = loader, frozen, context
+        self.labels, self.device, self.set_epoch = loader.labels, loader.device, loader.set_epoch
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for images, labels in self.loader:
+            with torch.no_grad(), self.context:
+                features = self.frozen(images)
+            yield features.half().float(), labels
 
 
 class FeatureLoader:
@@ -72,119 +72,109 @@ class FeatureLoader:
     """
 
     def __init__(self, loader, features):
-        self.loader, self.features, self.labels = loader, features, loader.labels
+        self.loader, self.features = loader, features
+        self.labels, self.device, self.set_epoch = loader.labels, loader.device, loader.set_epoch
 
     def __len__(self):
         return len(self.loader)
 
     def __iter__(self):
-        view = self.features[self.loader.epoch % len(self.features)]
-        order = self.loader.order().to(view.device)
+        of_this_view = self.features[self.loader.epoch % len(self.features)]
+        order = self.loader.order().to(of_this_view.device)
         for index in order.tensor_split(len(self)):
-            labels = self.labels[index.to(self.labels.device)]
-            yield view[index].to(labels.device).float(), labels
-        self.loader.epoch += 1
+            features = of_this_view[index].float()
+            if features.ndim == 4:
+                features = features.contiguous(memory_format=torch.channels_last)
+            yield features, self.labels[index]
 
 
 @torch.no_grad()
 def compute_features(frozen, loader, views, context):
     """Run the frozen part over every photo once per view -> half [views, N, ...]."""
-    features, count, everything = None, len(loader.labels), torch.arange(len(loader.labels))
-    for number in range(views):
+    features, everything = None, torch.arange(len(loader.labels))
+    for view in range(views):
         start = 0
-        view = None if loader.augmentation is None else loader.view(number)
-        for images, _ in loader.batches(everything, view):
+        for images, _ in loader.batches(everything, loader.draw_view(view)):
             with context:
-                output = frozen(images.contiguous(memory_format=train_scratch.MEMORY_FORMAT))
+                output = frozen(images)
             if features is None:
-                shape = (views, count, *output.shape[1:])
+                shape = (views, len(everything), *output.shape[1:])
                 features = torch.empty(shape, dtype=torch.half, device=output.device)
-            features[number, start : start + len(output)] = output
+            features[view, start : start + len(output)] = output
             start += len(output)
     return features
 
 
-def feature_bytes(frozen, photos, image_size, device):
-    """Memory that compute_features() will need for `photos` photos, bytes."""
+def feature_gibibytes(frozen, photos, image_size, device):
+    """Memory that compute_features() will need for `photos` photos."""
     with torch.no_grad():
         output = frozen(torch.zeros(1, 3, image_size, image_size, device=device))
-    return photos * output.numel() * 2
+    return photos * output.numel() * 2 / 2**30
 
 
 def main(argv=None):
     parser = build_parser()
-    config = vars(parser.parse_args(argv))
-    start, rates, wanted_name = time.perf_counter(), config["learning_rate"], config["name"]
-    features, shared = None, 0.0
-    for rate in rates:
-        config = config | {"learning_rate": rate, "name": wanted_name}
-        if wanted_name and len(rates) > 1:
-            config["name"] = f"{wanted_name}-lr{rate:g}"
-        count = config["unfreeze_convolutions"]
-        prefix = f"{config['backbone']}-{f'last{count}' if count else 'fc'}"
-        train, validation, described, name = train_scratch.start_run(parser, config, prefix)
-        if name is None:
-            continue
-        device = train_scratch.pick_device(config["device"])
-        torch.manual_seed(config["seed"])
+    arguments = parser.parse_args(argv)
+    device = engine.set_up(arguments)
+    photos = engine.load_photos(arguments)
+    count = arguments.unfreeze_convolutions
+    prefix = f"{arguments.backbone}-last{count}" if count else f"{arguments.backbone}-fc"
+    views = min(arguments.views, arguments.epochs)
+    features, seed_of_features, feature_seconds = None, None, 0.0
+    for run in engine.unfinished_runs(parser, arguments, prefix, photos):
+        torch.manual_seed(run.seed)
         model = models.build_backbone(
-            config["backbone"], len(train.classes), config["weights"], count, config["dropout"]
+            run.backbone, len(photos.train.classes), run.weights, count, run.dropout
         )
-        model.to(device, memory_format=train_scratch.MEMORY_FORMAT)
+        model.to(device, memory_format=torch.channels_last)
         before, cut = models.frozen_state(model), model.first_trained()
-        frozen, trained = models.fold_batch_norm(model[:cut]), model[cut:]
-        frozen.to(memory_format=train_scratch.MEMORY_FORMAT)
-        augmentation = {key: config[key] for key in runs.SCRATCH_AUGMENTATION}
-        views = min(config["views"], config["epochs"])
-        train_loader = data.Loader(
-            train, config["batch_size"], device, augmentation, config["seed"], views
-        )
-        validation_loader = data.Loader(validation, 64, device)
-        photos = len(train.labels) * views + len(validation.labels)
-        needed = feature_bytes(frozen, photos, config["image_size"], device) / 2**30
-        if needed <= config["feature_memory"]:
-            if features is None:
+        frozen = models.fold_batch_norm(model[:cut]).to(memory_format=torch.channels_last)
+        trained = model[cut:]  # its layers are those of `model`, under the same names
+        augmentation = data.Augmentation(run.crop_scale, run.rotation, run.jitter, run.flip)
+        loaders = [
+            data.Loader(photos.train, run.batch_size, device, augmentation, run.seed, views),
+            data.Loader(photos.validation, engine.EVALUATION_BATCH, device),
+        ]
+        context = engine.autocast(device, run.precision)
+        total = views * len(photos.train.labels) + len(photos.validation.labels)
+        needed = feature_gibibytes(frozen, total, run.image_size, device)
+        if needed > run.feature_memory:
+            print(
+                f"{run.name}: features need {needed:.1f} GiB, --feature-memory is "
+                f"{run.feature_memory:g}: the frozen part runs in every step"
+            )
+            loaders = [FrozenLoader(loader, frozen, context) for loader in loaders]
+        else:
+            if run.seed != seed_of_features:  # another seed draws other views
+                features = None  # frees the memory of the last ones
                 begin = time.perf_counter()
-                context = train_scratch.autocast(device, config["precision"])
                 features = [
                     compute_features(frozen, loader, loader.views or 1, context)
-                    for loader in (train_loader, validation_loader)
+                    for loader in loaders
                 ]
-                shared = time.perf_counter() - begin
+                feature_seconds, seed_of_features = time.perf_counter() - begin, run.seed
             loaders = [
-                FeatureLoader(loader, stored)
-                for loader, stored in zip((train_loader, validation_loader), features, strict=True)
+                FeatureLoader(loader, kept) for loader, kept in zip(loaders, features, strict=True)
             ]
-            part = trained
-        else:
-            print(
-                f"{name}: features need {needed:.1f} GiB, --feature-memory is "
-                f"{config['feature_memory']:g}: the frozen part runs in every step"
-            )
-            loaders, part = (train_loader, validation_loader), FrozenThenTrained(frozen, trained)
-        history, best, state = train_scratch.fit(part, *loaders, config, device, name)
+        result = engine.fit(trained, *loaders, run, photos)
         unchanged = models.is_unchanged(model, before)
         if not unchanged:
-            raise SystemExit(f"{name}: a frozen tensor has changed in training; please report it")
-        state = {
-            key.removeprefix("trained."): value
-            for key, value in state.items()
-            if not key.startswith("frozen.")
-        }
-        model.load_state_dict({**model.state_dict(), **state}, strict=True)
-        train_scratch.save(
-            "finetune",
-            name,
-            config,
-            described,
-            model,
-            (history, best, model.to("cpu").state_dict()),
-            start,
-            device,
-            frozen_unchanged=unchanged,
+            raise SystemExit(f"{run.name}: a frozen tensor has changed; please report it")
+        if result.failed is None:
+            trained.load_state_dict(result.best_state)
+        result = result._replace(
+            best_state=model.to("cpu").state_dict(), seconds=result.seconds + feature_seconds
         )
-        start = time.perf_counter() - shared  # every run needed the features
+        engine.save_run(
+            "finetune",
+            run,
+            photos,
+            model,
+            result,
+            frozen_unchanged=unchanged,
+            feature_seconds=feature_seconds,
+        )
 
 
 if __name__ == "__main__":
-    runs.run_main(main)
+    main()

@@ -8,16 +8,16 @@ straight sequence of blocks, with all but the last few layers frozen.
 
 import copy
 import itertools
-import pickle
-import urllib.error
 from pathlib import Path
+
+from common import Parser, number
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-import runs
+BACKBONES = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "shufflenet_v2_x1_0")
 
 
 class PlainCNN(nn.Module):
@@ -44,14 +44,14 @@ class PlainCNN(nn.Module):
         for convolution in self.convolutions:  # He et al., ICCV 2015
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
 
-    def block(self, number, x):
-        """Block `number` (0 to 4) before its ReLU: [B, C, H, W] -> [B, C', H / 2, W / 2]."""
-        return self.norms[number](self.pool(self.convolutions[number](x)))
+    def block(self, index, x):
+        """Block `index` (0 to 4) before its ReLU: [B, C, H, W] -> [B, C', H / 2, W / 2]."""
+        return self.norms[index](self.pool(self.convolutions[index](x)))
 
     def forward(self, images):
         x = images
-        for number in range(5):
-            x = F.relu(self.block(number, x))
+        for index in range(5):
+            x = F.relu(self.block(index, x))
         x = x.mean((2, 3))  # global average: [B, 384]
         x = F.relu(self.fc1(self.dropout(x)))
         return self.fc2(self.dropout(x))
@@ -64,9 +64,9 @@ class ResidualCNN(PlainCNN):
     which has no parameters: the skip is pooled like the block, and zero in the added channels.
     """
 
-    def block(self, number, x):
-        y = super().block(number, x)
-        if number == 0:  # three colours are no features yet
+    def block(self, index, x):
+        y = super().block(index, x)
+        if index == 0:  # three colours are no features yet
             return y
         return y + F.pad(self.pool(x), (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
 
@@ -131,32 +131,26 @@ def load_torchvision(name, weights):
 
     if weights == "none":
         return get_model(name, weights=None)
+    if Path(weights).is_file():
+        network = get_model(name, weights=None)
+        try:
+            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        except Exception:  # a damaged file makes torch raise nearly anything
+            message = f"--weights {weights}: not a state dict of torchvision's {name}."
+            raise SystemExit(message) from None
+        return network
+    known = {entry.name: entry for entry in get_model_weights(name)}
+    if weights not in known:
+        names = ", ".join(known)
+        raise SystemExit(f"--weights {weights}: neither a file nor one of {names}, none.")
     try:
-        if Path(weights).is_file():
-            return load_weights_file(get_model(name, weights=None), name, weights)
-        return get_model(name, weights=get_model_weights(name)[weights])
-    except KeyError:
-        known = ", ".join(entry.name for entry in get_model_weights(name))
-        raise SystemExit(f"--weights {weights}: neither a file nor one of {known}, none.") from None
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise SystemExit(
-            f"the {weights} weights of {name} cannot be downloaded ({error}). Set TORCH_HOME to "
-            "a folder that has them in hub/checkpoints, or give --weights FILE or none."
-        ) from None
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, TypeError) as error:
+        return get_model(name, weights=known[weights])
+    except Exception as error:  # whatever the network, the disk or a damaged file make torch raise
         reason, folder = str(error).strip().split("\n")[0], f"{torch.hub.get_dir()}/checkpoints"
-        raise SystemExit(f"the weights of {name} in {folder} cannot be read ({reason}). "
-                         "Delete them there to fetch them again.") from None  # fmt: skip
-
-
-def load_weights_file(network, name, file):
-    """Load torchvision's state dict of `network` from a file; exits with one line if it is none."""
-    try:
-        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    except (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, AttributeError,
-            pickle.UnpicklingError):  # fmt: skip
-        raise SystemExit(f"--weights {file}: not a state dict of torchvision's {name}.") from None
-    return network
+        raise SystemExit(
+            f"the {weights} weights of {name} cannot be had ({reason}). Put them into {folder}, "
+            "delete a damaged file there, or give --weights FILE or none."
+        ) from None
 
 
 def main_convolutions(model):
@@ -195,7 +189,7 @@ def frozen_state(model):
 
     That is every frozen parameter, and every buffer of a batch norm that is frozen.
     """
-    state = {name: tensor for name, tensor in model.state_dict().items()}
+    state = dict(model.state_dict())
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         parameters = dict(module.named_parameters(recurse=False))
@@ -226,18 +220,21 @@ def describe(model, image_size):
         def hook(module, inputs, output):
             parameters = list(module.parameters())
             trained = any(p.requires_grad for p in parameters)
-            first = [getattr(module, key, None) for key in ("in_channels", "in_features")]
-            after = [getattr(module, key, None) for key in ("out_channels", "out_features")]
             kernel, stride = (getattr(module, key, "") for key in ("kernel_size", "stride"))
-            row = {"layer": name, "type": type(module).__name__}
-            row["in"] = next((n for n in first if n), inputs[0].shape[1])
-            row["out"] = next((n for n in after if n), output.shape[1])
-            row["kernel"] = kernel[0] if isinstance(kernel, tuple) else kernel
-            row["stride"] = stride[0] if isinstance(stride, tuple) else stride
-            row["output"] = list(output.shape[1:])
-            row["parameters"] = sum(p.numel() for p in parameters)
-            row["state"] = ("trained" if trained else "frozen") if parameters else "-"
-            rows.append(row)
+            state = "trained" if trained else "frozen"
+            rows.append(
+                {
+                    "layer": name,
+                    "type": type(module).__name__,
+                    "in": inputs[0].shape[1],
+                    "out": output.shape[1],
+                    "kernel": kernel[0] if isinstance(kernel, tuple) else kernel,
+                    "stride": stride[0] if isinstance(stride, tuple) else stride,
+                    "output": list(output.shape[1:]),
+                    "parameters": sum(p.numel() for p in parameters),
+                    "state": state if parameters else "-",
+                }
+            )
 
         return hook
 
@@ -278,23 +275,24 @@ def print_layers(model, image_size):
 
 
 def main(argv=None):
-    parser = runs.Parser(__doc__)
-    flag, names = parser.add_argument, (*SCRATCH, *runs.BACKBONES)
+    parser = Parser(__doc__)
+    flag, names = parser.add_argument, (*SCRATCH, *BACKBONES)
     flag("network", nargs="+", choices=names, metavar="NETWORK", help=", ".join(names))
-    flag("--classes", type=runs.number(int, 2), default=11, help="outputs of the last layer")
-    flag("--image-size", type=runs.number(int, 32), default=224, help="of the square photos, px")
-    flag("--weights", metavar="W", default="IMAGENET1K_V1", help="that name, none, or a file")
-    flag("--unfreeze-convolutions", type=runs.number(int, 0), default=2, help="of a backbone")
+    flag("--classes", type=number(int, 2), default=11, help="outputs of the last layer")
+    flag("--image-size", type=number(int, 32), default=224, help="of the square photos, pixels")
+    flag("--weights", default="IMAGENET1K_V1", help="that name, none (random), or a file")
+    flag("--unfreeze-convolutions", type=number(int, 0), default=2, help="of a backbone")
     arguments = parser.parse_args(argv)
     for name in arguments.network:
         print(f"\n{name}, {arguments.image_size} x {arguments.image_size} px")
         if name in SCRATCH:
             model = SCRATCH[name](arguments.classes)
         else:
-            more = arguments.weights, arguments.unfreeze_convolutions
-            model = build_backbone(name, arguments.classes, *more)
+            model = build_backbone(
+                name, arguments.classes, arguments.weights, arguments.unfreeze_convolutions
+            )
         print_layers(model, arguments.image_size)
 
 
 if __name__ == "__main__":
-    runs.run_main(main)
+    main()

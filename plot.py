@@ -7,8 +7,11 @@ Training is dashed orange, validation solid blue with filled circles, test vermi
 squares: safe for colour-blind readers (Okabe-Ito) and in grey print. Intervals are Wilson's, 95%.
 """
 
+import math
 import textwrap
 from pathlib import Path
+
+from common import Parser, atomic_file, best_models, read_json, read_runs
 
 import matplotlib
 import numpy as np
@@ -18,31 +21,30 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageOps
 
-from runs import Parser, atomic_file, read_json, read_runs, run_main
-
 WIDTH = 9.0  # inches; at 110 dots per inch about the width of a page on GitHub
-LOOK = {
-    "figure.dpi": 110,
-    "figure.constrained_layout.use": True,
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.titlesize": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E4E4E4",
-    "legend.frameon": False,
-    "text.parse_math": False,  # a class name may hold a dollar sign
-}
-matplotlib.rcParams.update(LOOK)
+matplotlib.rcParams.update(
+    {
+        "figure.dpi": 110,
+        "figure.constrained_layout.use": True,
+        "font.size": 10,
+        "axes.titlesize": 9.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#E4E4E4",
+        "legend.frameon": False,
+        "text.parse_math": False,  # a class name may hold a dollar sign
+    }
+)
 TRAINING = {"color": "#E69F00", "linestyle": "--", "label": "training"}
 VALIDATION = {"color": "#0072B2", "marker": "o", "label": "validation"}
 TEST = {"color": "#D55E00", "marker": "s", "markerfacecolor": "white", "label": "test"}
+BARE = {"frame_on": False, "xticks": [], "yticks": []}  # axes that show nothing but a photo
 SETTING = ("learning_rate", "batch_size")
 CASE = ("model", "unfreeze_convolutions")
 
 
-def save(figure: Figure, path: Path, title: str, *styles: dict) -> None:
+def save(figure, path, title, *styles):
     """Add a title and a legend below the panels, write the PNG in one step, print its path."""
     figure.suptitle(title, fontsize=11)
     if styles:
@@ -53,47 +55,61 @@ def save(figure: Figure, path: Path, title: str, *styles: dict) -> None:
     print(path)
 
 
-def group(entries: list[dict], *keys: str) -> dict[tuple, list[dict]]:
-    """Entries that share the values of `keys` (the seeds of one setting), in first-seen order."""
-    groups: dict[tuple, list[dict]] = {}
-    for entry in entries:
-        groups.setdefault(tuple(entry[key] for key in keys), []).append(entry)
+def group(lines, *keys):
+    """Lines of a table by their values of `keys`, in first-seen order: the seeds of a setting."""
+    groups = {}
+    for line in lines:
+        groups.setdefault(tuple(line[key] for key in keys), []).append(line)
     return groups
 
 
-def setting_name(entry: dict) -> str:
-    """What sets this run apart: learning rate and batch size, or what fine-tuning trained."""
-    count = entry.get("unfreeze_convolutions")
-    if count is None:
-        chosen = "chosen: " if entry["chosen"] else ""
-        return f"{chosen}learning rate {entry['learning_rate']:g}, batch {entry['batch_size']}"
-    case = f"last {count} convolutions + FC" if count else "FC only"
-    return f"{entry['model']}\n{case}"
+def mean_accuracy(seeds):
+    """Mean of the best validation accuracies of a setting; NaN if one of its runs failed."""
+    return np.array([seed["validation_accuracy"] for seed in seeds], float).mean()  # None is NaN
 
 
-def draw_curves(path: Path, who: str, entries: list, finished: dict, column_key: str, row_key: str):
-    """Accuracy above loss for each value of column_key and row_key; one line per seed."""
-    columns, rows = (sorted({entry[key] for entry in entries}) for key in (column_key, row_key))
-    figure = Figure(figsize=(WIDTH, 0.9 + 3.4 * len(rows)))
+def setting_name(line):
+    """Learning rate and batch size, which set a run apart from the others of a grid."""
+    name = f"learning rate {line['learning_rate']:g}, batch {line['batch_size']}"
+    return f"chosen: {name}" if line["chosen"] else name
+
+
+def outcome(seeds):
+    """What became of the runs of a setting: best accuracy and its epochs, or how many failed."""
+    epochs = [seed["epoch"] for seed in seeds]
+    if None in epochs:
+        return f"failed: {epochs.count(None)} of {len(seeds)} runs"
+    best = "best" if len(seeds) == 1 else "mean of best"
+    text = f"{best} {mean_accuracy(seeds):.1%} at epoch {', '.join(map(str, epochs))}"
+    return textwrap.fill(text, 40)
+
+
+def draw_curves(path, who, lines, runs, column_key, row_key, headings):
+    """Accuracy above loss for each value of column_key and row_key; one line per seed.
+
+    lines: of a table of the summary; runs: their JSON, and headings: of their panels, by run.
+    """
+    columns = sorted({line[column_key] for line in lines})
+    rows = sorted({line[row_key] for line in lines})
+    figure = Figure(figsize=(max(WIDTH, 3.2 * len(columns)), 0.9 + 3.4 * len(rows)))
     axes = figure.subplots(2 * len(rows), len(columns), sharex=True, sharey="row", squeeze=False)
-    for (column, row), seeds in group(entries, column_key, row_key).items():
-        pair = axes[2 * rows.index(row) :, columns.index(column)][:2]
-        for entry in seeds:
-            history, best = finished[entry["run"]]["history"], [entry["epoch"] - 1]
-            width = 1.6 / len(seeds) ** 0.5
-            for panel, measure in zip(pair, ("accuracy", "loss"), strict=True):
+    for (column, row), seeds in group(lines, column_key, row_key).items():
+        first, own = 2 * rows.index(row), axes[:, columns.index(column)]
+        for seed in seeds:
+            history = runs[seed["run"]]["history"]
+            dot = [] if seed["epoch"] is None else [seed["epoch"] - 1]
+            look = {"linewidth": 1.6 / len(seeds) ** 0.5, "markevery": dot}
+            for panel, measure in ((own[first], "accuracy"), (own[first + 1], "loss")):
                 for split, style in (("train", TRAINING), ("validation", VALIDATION)):
-                    # A loss that became NaN is stored as null: the line has a gap there.
-                    line = np.array([epoch[f"{split}_{measure}"] for epoch in history], dtype=float)
-                    epochs = range(1, len(line) + 1)
-                    panel.plot(epochs, line, linewidth=width, markevery=best, **style)
-        mean = np.mean([entry["validation_accuracy"] for entry in seeds])
-        epochs = ", ".join(str(entry["epoch"]) for entry in seeds)
-        best = "best" if len(seeds) == 1 else "mean of best"
-        pair[0].set_title(f"{setting_name(seeds[0])}\n{best} {mean:.1%} at epoch {epochs}")
+                    # Results of other versions may hold null for NaN: a gap in the line.
+                    values = np.array([epoch[f"{split}_{measure}"] for epoch in history], float)
+                    panel.plot(range(1, len(values) + 1), values, **look, **style)
+        own[first].set_title(f"{headings[seeds[0]['run']]}\n{outcome(seeds)}")
     # A diverged run must not flatten all others: cut at twice the loss of guessing evenly.
-    top = 2 * np.log(max(2, len(finished[entries[0]["run"]]["data"]["classes"])))
-    cut = f" (loss cut at {top:.1f})" if max(p.get_ylim()[1] for p in axes[1::2, 0]) > top else ""
+    top = 2 * math.log(max(2, len(runs[lines[0]["run"]]["data"]["classes"])))
+    title = f"{who}: learning curves; the dot marks the best epoch by validation accuracy"
+    if max(panel.get_ylim()[1] for panel in axes[1::2, 0]) > top:
+        title += f" (loss cut at {top:.1f})"
     for above, below in zip(axes[::2, 0], axes[1::2, 0], strict=True):
         above.set(ylabel="accuracy", ylim=(0, 1.02), yticks=[0, 0.25, 0.5, 0.75, 1])
         above.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -102,11 +118,10 @@ def draw_curves(path: Path, who: str, entries: list, finished: dict, column_key:
         panel.set_xlabel("epoch")
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     figure.align_ylabels()
-    title = f"{who}: learning curves; the dot marks the best epoch by validation accuracy{cut}"
     save(figure, path, title, TRAINING, VALIDATION)
 
 
-def draw_cells(panel, shades: np.ndarray, texts: dict[tuple, str], rows, columns, size=10) -> None:
+def draw_cells(panel, shades, texts, rows, columns, size=10):
     """A table of `texts` {(row, column): text}; the higher the shade (0..1), the darker a cell."""
     panel.imshow(shades, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (row, column), text in texts.items():
@@ -117,68 +132,82 @@ def draw_cells(panel, shades: np.ndarray, texts: dict[tuple, str], rows, columns
     panel.set_xticks(range(len(columns)), columns)
 
 
-def draw_grid(path: Path, entries: list[dict]) -> None:
+def draw_grid(path, lines):
     """Best validation accuracy (mean over seeds) by learning rate and batch size of each model."""
-    models = group(entries, "model")
-    rates, batches = (sorted({entry[key] for entry in entries}) for key in SETTING)
-    figure = Figure(figsize=(WIDTH, 1.4 + 0.75 * len(batches)))
+    models = group(lines, "model")
+    rates, batches = (sorted({line[key] for line in lines}) for key in SETTING)
+    width = max(WIDTH, 1 + 1.1 * len(models) * len(rates))
+    figure = Figure(figsize=(width, 1.4 + 0.75 * len(batches)))
     axes = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
-    accuracies = [entry["validation_accuracy"] for entry in entries]
-    low, span = min(accuracies), max(accuracies) - min(accuracies) or 1
+    accuracies = [line["validation_accuracy"] for line in lines if line["epoch"] is not None]
+    low, high = min(accuracies, default=0), max(accuracies, default=0)
     for panel, ((model,), own) in zip(axes, models.items(), strict=True):
         shades, texts = np.full((len(batches), len(rates)), np.nan), {}
         for (rate, batch), seeds in group(own, *SETTING).items():
             row, column = batches.index(batch), rates.index(rate)
-            mean = np.mean([entry["validation_accuracy"] for entry in seeds])
-            shades[row, column] = 0.8 * (mean - low) / span
-            texts[row, column] = f"{mean:.1%}\n{len(seeds)} seeds" if seeds[1:] else f"{mean:.1%}"
-            if seeds[0]["chosen"]:
-                corner, look = (column - 0.47, row - 0.46), {"fill": False, "linewidth": 2.5}
-                panel.add_patch(Rectangle(corner, 0.94, 0.92, **look))
+            mean = mean_accuracy(seeds)
+            shades[row, column] = 0.8 * (mean - low) / max(high - low, 1e-9)
+            texts[row, column] = "failed" if np.isnan(mean) else f"{mean:.1%}"
+            if len(seeds) > 1:
+                texts[row, column] += f"\n{len(seeds)} seeds"
+            if any(seed["chosen"] for seed in seeds):
+                corner = (column - 0.47, row - 0.46)
+                panel.add_patch(Rectangle(corner, 0.94, 0.92, fill=False, linewidth=2.5))
         draw_cells(panel, shades, texts, batches, [f"{rate:g}" for rate in rates])
         panel.set(title=model, xlabel="learning rate")
     axes[0].set_ylabel("batch size")
     save(figure, path, "Best validation accuracy of each setting; the frame marks the chosen one")
 
 
-def draw_dots(path: Path, rows: list[tuple[str, dict]], title: str) -> None:
+def draw_dots(path, title, rows):
     """A line for each (label, row of the summary's `models`); what is not evaluated is left out."""
     figure = Figure(figsize=(WIDTH, 1.4 + 0.6 * len(rows)))
     axes = figure.subplots()
     for place, (_, row) in enumerate(rows):
-        for y, split, style in ((-0.17, "validation", VALIDATION), (0.17, "test", TEST)):
-            accuracy, interval = row[f"{split}_accuracy"], row[f"{split}_interval_95"]
+        for shift, split, style in ((-0.17, "validation", VALIDATION), (0.17, "test", TEST)):
+            accuracy, y = row[f"{split}_accuracy"], place + shift
             if accuracy is not None:
-                spread = np.abs(np.subtract(interval, accuracy))[:, None]
-                axes.errorbar(accuracy, place + y, xerr=spread, capsize=3, **style)
-                axes.text(interval[1], place + y, f"  {accuracy:.1%}", va="center", fontsize=9)
+                low, high = row[f"{split}_interval_95"]
+                spread = [[accuracy - low], [high - accuracy]]
+                axes.errorbar(accuracy, y, xerr=np.abs(spread), capsize=3, **style)
+                axes.text(high, y, f"  {accuracy:.1%}", va="center", fontsize=9)
     left, right = axes.get_xlim()
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 1])
     axes.set(xlim=(left, right + 0.06 * (right - left)), ylim=(len(rows) - 0.4, -0.6))
     axes.set_xlabel("accuracy (bars: 95% intervals)")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.grid(axis="y", visible=False)
     save(figure, path, title, VALIDATION, TEST)
 
 
-def draw_confusion(path: Path, evaluation: dict, label: str) -> None:
-    """Counts, true classes down and predicted ones across; the shades of a row sum to 1."""
-    counts, (low, high) = np.array(evaluation["confusion_matrix"]), evaluation["interval_95"]
-    classes = [textwrap.shorten(name.replace("_", " "), 28) for name in evaluation["classes"]]
+def class_names(evaluation):
+    return [name.replace("_", " ") for name in evaluation["classes"]]
+
+
+def draw_confusion(path, row, evaluations):
+    """Counts, true classes down and predicted ones across; the shades of a row sum to 1.
+
+    row: of the summary's `models`; evaluations: of all its seeds on one split, added up.
+    """
+    counts = np.sum([evaluation["confusion_matrix"] for evaluation in evaluations], axis=0)
+    split, seeds = evaluations[0]["split"], len(evaluations)
+    classes = [textwrap.shorten(name, 28) for name in class_names(evaluations[0])]
     side = min(WIDTH, 5 + 0.4 * len(classes))
     figure = Figure(figsize=(side, 0.9 * side))
     axes = figure.subplots()
     shades = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
-    texts = {place: str(count) for place, count in np.ndenumerate(counts) if count}
+    texts = {place: str(count) for place, count in np.ndenumerate(counts) if count > 0}
     draw_cells(axes, shades, texts, classes, classes, size=min(10, 240 / len(classes)))
     axes.tick_params(axis="x", labelrotation=90)
     axes.set(xlabel="predicted", ylabel="true")
-    title = f"{label}\n{evaluation['accuracy']:.1%} of {counts.sum()} {evaluation['split']} photos"
-    save(figure, path, f"{title} right (95% interval {low:.1%} to {high:.1%})")
+    name = row["label"] if seeds == 1 else f"{row['label']}, sum over {seeds} seeds"
+    right = f"{counts.trace() / counts.sum():.1%} of {counts.sum() // seeds} {split} photos right"
+    low, high = row[f"{split}_interval_95"]
+    save(figure, path, f"{name}\n{right} (95% interval {low:.1%} to {high:.1%})")
 
 
-def read_photo(path: Path) -> Image.Image | None:
+def read_photo(path):
     """A photo upright, in RGB, at most 320 pixels a side; None if it is missing or damaged."""
     try:
         with Image.open(path) as image:
@@ -188,113 +217,138 @@ def read_photo(path: Path) -> Image.Image | None:
         return None
 
 
-def draw_mistakes(path: Path, evaluation: dict, label: str, data: Path) -> None:
-    """The 12 most confident mistakes whose photos can be read."""
-    photos, classes = [], [name.replace("_", " ") for name in evaluation["classes"]]
-    for mistake in sorted(evaluation["predictions"], key=lambda row: -row["probability"]):
-        if mistake["label"] == mistake["predicted"] or len(photos) == 12:
-            continue
-        if photo := read_photo(data / evaluation["split"] / mistake["file"]):
-            photos.append((photo, mistake))  # else the next one takes its place
+def draw_mistakes(path, label, evaluation, data):
+    """The 12 most confident mistakes whose photos can be read in the folder `data`."""
+    photos, classes = [], class_names(evaluation)
+    for guess in sorted(evaluation["predictions"], key=lambda guess: -guess["probability"]):
+        if guess["label"] != guess["predicted"] and len(photos) < 12:
+            photo = read_photo(Path(data, evaluation["split"], guess["file"]))
+            if photo is not None:  # else the next one takes its place
+                photos.append((photo, guess))
     if not photos:
-        return print(f"skipped {path}: no mistake, or no photo of one in {data}")
-    rows = -(-len(photos) // 4)
+        print(f"skipped {path}: no mistake, or no photo of one in {data}")
+        return
+    rows = math.ceil(len(photos) / 4)
     figure = Figure(figsize=(WIDTH, 0.5 + 2.7 * rows))
-    bare = {"frame_on": False, "xticks": [], "yticks": []}
-    axes = figure.subplots(rows, 4, squeeze=False, subplot_kw=bare).ravel()
-    for panel, (photo, mistake) in zip(axes, photos, strict=False):
+    axes = figure.subplots(rows, 4, squeeze=False, subplot_kw=BARE).ravel()
+    for panel, (photo, guess) in zip(axes, photos, strict=False):
         panel.imshow(photo)
-        lines = [f"true: {classes[mistake['label']]}"]
-        lines += [f"predicted: {classes[mistake['predicted']]} ({mistake['probability']:.0%})"]
-        panel.set_title("\n".join(textwrap.fill(line, 30) for line in lines))
+        true = f"true: {classes[guess['label']]}"
+        predicted = f"predicted: {classes[guess['predicted']]} ({guess['probability']:.0%})"
+        panel.set_title(f"{textwrap.fill(true, 30)}\n{textwrap.fill(predicted, 30)}")
     save(figure, path, f"{label}: most confident mistakes on {evaluation['split']} photos")
 
 
-def draw_attention(path: Path, evaluation: dict, label: str, data: Path) -> None:
+def draw_attention(path, label, evaluation, data):
     """Photos under their class-activation maps: right ones above, wrong ones below."""
-    classes, rows = (
-        [name.replace("_", " ") for name in evaluation["classes"]],
-        {True: [], False: []},
-    )
+    classes, rows = class_names(evaluation), {"right": [], "wrong": []}
     for example in evaluation.get("activation_maps", []):
         guess = evaluation["predictions"][example["photo"]]
-        if photo := read_photo(data / evaluation["split"] / guess["file"]):
-            photo = ImageOps.fit(photo.convert("L"), (240, 240))
-            heat = Image.fromarray(np.array(example["map"], np.float32)).resize((240, 240))
-            rows[guess["label"] == guess["predicted"]].append((guess, photo, np.array(heat)))
-    if not any(rows.values()):
-        return print(f"skipped {path}: no class-activation map, or no photo of one in {data}")
-    figure, bare = Figure(figsize=(WIDTH, 4.4)), {"frame_on": False, "xticks": [], "yticks": []}
-    axes = figure.subplots(2, 6, squeeze=False, subplot_kw=bare)
-    for panels, (right, examples) in zip(axes, rows.items(), strict=True):
-        panels[0].set_ylabel("right" if right else "wrong")
-        for panel, (guess, photo, heat) in zip(panels, examples, strict=False):
-            panel.imshow(photo, cmap="gray")
-            panel.imshow(heat, cmap="inferno", alpha=0.5, vmin=0, vmax=1)
-            lines = [classes[guess["label"]], f"as {classes[guess['predicted']]}"][: 2 - right]
-            panel.set_title("\n".join(textwrap.shorten(line, 20) for line in lines))
+        photo = read_photo(Path(data, evaluation["split"], guess["file"]))
+        if photo is not None:
+            right = guess["label"] == guess["predicted"]
+            rows["right" if right else "wrong"].append((guess, photo, example["map"]))
+    if not rows["right"] and not rows["wrong"]:
+        print(f"skipped {path}: no class-activation map, or no photo of one in {data}")
+        return
+    figure = Figure(figsize=(WIDTH, 4.4))
+    axes = figure.subplots(2, 6, squeeze=False, subplot_kw=BARE)
+    for panels, (name, examples) in zip(axes, rows.items(), strict=True):
+        panels[0].set_ylabel(name)
+        for panel, (guess, photo, values) in zip(panels, examples, strict=False):
+            heat = Image.fromarray(np.array(values, np.float32)).resize((240, 240))
+            panel.imshow(ImageOps.fit(photo.convert("L"), (240, 240)), cmap="gray")
+            panel.imshow(np.array(heat), cmap="inferno", alpha=0.5, vmin=0, vmax=1)
+            title = textwrap.shorten(classes[guess["label"]], 20)
+            if name == "wrong":
+                title += "\n" + textwrap.shorten(f"as {classes[guess['predicted']]}", 20)
+            panel.set_title(title)
     save(figure, path, f"{label}: what speaks for the predicted class (bright)")
 
 
-def draw_all(output: Path, data: str | None) -> None:
+def read_summary(output, runs):
+    """The content of summary.json; exits with one line if it, or one of its runs, is missing."""
+    path = output / "summary.json"
+    advice = f"`python evaluate.py --chosen --output {output}` writes it anew."
+    try:
+        summary = read_json(path, "grid", "dropout", "transfer", "models")
+    except SystemExit as error:
+        raise SystemExit(f"{error} {advice}") from None
+    lines = summary["grid"] + summary["dropout"] + summary["transfer"]
+    names = {line["run"] for line in lines}.union(*[row["runs"] for row in summary["models"]])
+    if any(Path(line["model"]).name != line["model"] for line in lines):
+        raise SystemExit(f"{path}: a model's name leads out of the folder. {advice}")
+    if not runs.keys() >= names:
+        lost = ", ".join(sorted(names - runs.keys()))
+        raise SystemExit(f"{path} names runs that {output}/runs lacks: {lost}. {advice}")
+    return summary
+
+
+def read_evaluations(output, row):
+    """Evaluations of all seeds of a chosen model, on test or else on validation: a list of dicts.
+
+    The list is empty if no split has been measured with every seed.
+    """
+    for split in ("test", "validation"):
+        paths = [output / "evaluations" / f"{name}.{split}.json" for name in row["runs"]]
+        if row[f"{split}_accuracy"] is not None and all(path.is_file() for path in paths):
+            keys = ("split", "classes", "confusion_matrix", "predictions")
+            return [read_json(path, *keys) for path in paths]
+    return []
+
+
+def draw_all(output, data):
     """Draw what the summary lists; a stage that has not been run is skipped with one line."""
-    summary, finished = read_json(output / "summary.json"), read_runs(output)
-    found = [read_json(path) for path in sorted(output.glob("evaluations/*.json"))]
-    evaluations = {(evaluation["name"], evaluation["split"]): evaluation for evaluation in found}
+    runs = read_runs(output)
+    summary = read_summary(output, runs)
     figures, grid, models = output / "figures", summary["grid"], summary["models"]
     row_of = {name: row for row in models for name in row["runs"]}
+    labels = {name: row["label"].replace(", ", "\n") for name, row in row_of.items()}
     for stage in ("grid", "dropout", "transfer", "models"):
         if not summary[stage]:
             print(f"skipped the figures of `{stage}`: summary.json lists no run of it yet")
-    for (model,), entries in group(grid, "model").items():
-        draw_curves(figures / f"curves_{model}.png", f"{model} CNN", entries, finished, *SETTING)
+    settings = {line["run"]: setting_name(line) for line in grid}
+    for (model,), lines in group(grid, "model").items():
+        draw_curves(figures / f"curves_{model}.png", model, lines, runs, *SETTING, settings)
     if grid:
         draw_grid(figures / "grid_heatmap.png", grid)
-    rows = [
-        (f"{model}, dropout {rate:g}", row_of[seeds[0]["run"]])
-        for (model, rate), seeds in group(summary["dropout"], "model", "dropout").items()
-    ]
-    if rows:
-        draw_dots(figures / "dropout.png", rows, "Dropout in front of the fully connected layers")
-    chosen = [entry for entry in summary["transfer"] if entry["chosen"]]
+    cases = group(summary["dropout"], "model", "dropout")
+    if cases:
+        names = [seeds[0]["run"] for seeds in cases.values()]
+        rows = [(labels[name], row_of[name]) for name in names]
+        draw_dots(figures / "dropout.png", "Dropout in front of the fully connected layers", rows)
+    chosen = [line for line in summary["transfer"] if line["chosen"]]
     if chosen:
-        cases = [seeds[0] for _, seeds in sorted(group(chosen, *CASE).items())]
-        rows = [(setting_name(case), row_of[case["run"]]) for case in cases]
-        draw_dots(figures / "transfer.png", rows, "Fine-tuning pre-trained networks")
-        draw_curves(figures / "curves_transfer.png", "Fine-tuning", chosen, finished, *CASE)
-    if models:
-        models = sorted(models, key=lambda row: -row["validation_accuracy"])
-        trained = "{label}\n{parameters:,} parameters, {trainable_parameters:,} trained"
-        rows = [(trained.format(**row), row) for row in models]
-        draw_dots(figures / "overview.png", rows, "All chosen models")
-    best = {model["kind"]: model for model in reversed(models)}  # from scratch and pre-trained
-    for model in models:
-        name = model["runs"][0]  # of several seeds the first
-        splits = [split for split in ("test", "validation") if (name, split) in evaluations]
-        if not splits:
+        names = [seeds[0]["run"] for _, seeds in sorted(group(chosen, *CASE).items())]
+        rows = [(labels[name], row_of[name]) for name in names]
+        draw_dots(figures / "transfer.png", "Fine-tuning pre-trained networks", rows)
+        draw_curves(figures / "curves_transfer.png", "Fine-tuning", chosen, runs, *CASE, labels)
+    ranked = sorted(models, key=lambda row: -row["validation_accuracy"])
+    if ranked:
+        text = "{label}\n{parameters:,} parameters, {trainable_parameters:,} trained"
+        rows = [(text.format(**row), row) for row in ranked]
+        draw_dots(figures / "overview.png", "All chosen models", rows)
+    best = best_models(models).values()  # one from scratch and one pre-trained
+    for row in ranked:
+        name, label = row["runs"][0], row["label"]  # the first seed stands for all
+        evaluations = read_evaluations(output, row)
+        if not evaluations:
             print(f"skipped the confusion matrix of {name}: not evaluated yet")
             continue
-        evaluation, label = evaluations[name, splits[0]], model["label"]
-        draw_confusion(figures / f"confusion_{name}_{splits[0]}.png", evaluation, label)
-        if data and model is best[model["kind"]]:
-            draw_mistakes(figures / f"mistakes_{name}.png", evaluation, label, Path(data))
-            draw_attention(figures / f"attention_{name}.png", evaluation, label, Path(data))
+        split = evaluations[0]["split"]
+        draw_confusion(figures / f"confusion_{name}_{split}.png", row, evaluations)
+        if data and row in best:
+            draw_mistakes(figures / f"mistakes_{name}.png", label, evaluations[0], data)
+            draw_attention(figures / f"attention_{name}.png", label, evaluations[0], data)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--output", default="results", metavar="DIR", help="folder of results")
     parser.add_argument("--data", metavar="DIR", help="folder of photos: draw mistakes too")
-    options = parser.parse_args(arguments)
-    source = Path(options.output, "summary.json")
-    advice = f"run `python summary.py --output {options.output}` first"
-    if not source.is_file():
-        raise SystemExit(f"plot.py: no {source}: {advice}")
-    try:
-        draw_all(source.parent, options.data)
-    except (KeyError, TypeError) as error:
-        raise SystemExit(f"plot.py: {source} does not fit ({error!r}): {advice}") from error
+    arguments = parser.parse_args(argv)
+    draw_all(Path(arguments.output), arguments.data)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

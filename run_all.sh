@@ -1,43 +1,37 @@
 #!/usr/bin/env bash
-# The whole study: five-layer CNNs from scratch, pre-trained networks, tables and figures.
+# The whole study: five-layer CNNs from scratch, pre-trained networks, tables, figures, report.
 #
-#   bash run_all.sh                     on Food-11, fetched if it is not here
-#   DATA=photos OUT=out bash run_all.sh on any folder with train/, validation/ and test/
-#   bash run_all.sh --demo              every stage on a small made-up set, in minutes, offline
-#   bash run_all.sh --list              print the training commands and run nothing
+#   bash run_all.sh                      on Food-11, fetched if it is not here
+#   DATA=photos OUT=out bash run_all.sh  on any folder with train/, validation/ and test/
+#   bash run_all.sh --demo               every stage on a small made-up set, in minutes, offline
+#   bash run_all.sh --list               print the training commands and run nothing
 #
 # Stop it whenever you like: what is finished is kept, and the next call goes on from there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-# Settings: override any of them in the environment.
+# Settings: override any of them in the environment. Words are several values.
 DATA_GIVEN=${DATA:-}
-DATA=${DATA:-food11}                           # folder of photos
-OUT=${OUT:-results}                            # folder of everything that is written
-EPOCHS=${EPOCHS:-50}                           # of every run
-IMAGE_SIZE=${IMAGE_SIZE:-96}                   # pixels, networks from scratch
+DATA=${DATA:-food11}                            # folder of photos
+OUT=${OUT:-results}                             # folder of everything that is written
+EPOCHS=${EPOCHS:-50}                            # of every run
+IMAGE_SIZE=${IMAGE_SIZE:-96}                    # pixels, networks from scratch
 FINETUNE_IMAGE_SIZE=${FINETUNE_IMAGE_SIZE:-288} # pixels, pre-trained networks
+MODELS=${MODELS:-plain residual}                # from scratch, of models.py
 LEARNING_RATES=${LEARNING_RATES:-0.01 0.02 0.04}
 BATCH_SIZES=${BATCH_SIZES:-32 64}
 DROPOUTS=${DROPOUTS:-0.2 0.4}
 BACKBONES=${BACKBONES:-mobilenet_v2 mobilenet_v3_small shufflenet_v2_x1_0}
-WEIGHTS=${WEIGHTS:-IMAGENET1K_V1}              # of the backbones; none trains on random features
+WEIGHTS=${WEIGHTS:-IMAGENET1K_V1}               # of the backbones; none trains on random features
 FC_LEARNING_RATES=${FC_LEARNING_RATES:-0.001 0.003 0.01 0.03}
 LAST2_LEARNING_RATES=${LAST2_LEARNING_RATES:-0.0003 0.001 0.003} # they overfit sooner
-SEEDS=${SEEDS:-0}                              # several: mean and spread in every table
-JOBS=${JOBS:-}                                 # runs at a time; one a processor, 4 at most
-DEVICE=${DEVICE:-auto}                         # auto, cuda, mps or cpu
-PYTHON=${PYTHON:-python3}
+SEEDS=${SEEDS:-0}                               # several: mean and spread in every table
+JOBS=${JOBS:-}                                  # commands at a time; one a processor, 4 on GPUs
+DEVICE=${DEVICE:-auto}                          # auto, cuda, mps or cpu
+export PYTHON=${PYTHON:-python3}
 
-trap 'exit 130' INT  # Ctrl-C ends the study, not just the stage
-checked= layers=
-trap 'rm -f "${checked:+$checked.new}" "${layers:+$layers.new}"' EXIT
 fail() { echo "run_all.sh: $*" >&2; exit 1; }
-stage() {  # announce a stage and note when it began
-  stages+=("$1") && began+=("$SECONDS")
-  printf '\n== %s ==\n' "$1"
-}
-stages=() began=()
+stage() { printf '\n== %s (%d s) ==\n' "$1" "$SECONDS"; }
 
 use_demo() {
   DEMO=yes DATA=demo OUT=${OUT%/}/demo EPOCHS=4 IMAGE_SIZE=64 FINETUNE_IMAGE_SIZE=96
@@ -61,102 +55,157 @@ case "${1:-}" in
 esac
 [[ $# -le 1 ]] || fail "one argument at most; settings are environment variables"
 
-# The training commands, one a line.
+# The training commands, one a line. One thread a run: several at a time fill the processors, and
+# the numbers do not depend on how many there are.
 quote() { printf "'%s'" "${1//\'/\'\\\'\'}"; }  # a path may hold spaces
 common() {
-  echo "--data $(quote "$DATA") --output $(quote "$OUT") --epochs $EPOCHS --seed $1 --device $DEVICE"
+  echo "--data $(quote "$DATA") --output $(quote "$OUT") --epochs $EPOCHS --seed $SEEDS" \
+    "--device $(quote "$DEVICE") --threads 1"
 }
-
-grid() {  # both networks x learning rates x batch sizes
-  for seed in $SEEDS; do for model in plain residual; do
-    for rate in $LEARNING_RATES; do for batch in $BATCH_SIZES; do
-      echo "python train_scratch.py --model $model --learning-rate $rate --batch-size $batch" \
-        "--image-size $IMAGE_SIZE $(common "$seed")"
-    done; done
+scratch() { echo "python train_scratch.py --image-size $IMAGE_SIZE $(common) --model $*"; }
+transfer() {
+  echo "python finetune.py --image-size $FINETUNE_IMAGE_SIZE $(common)" \
+    "--weights $(quote "$WEIGHTS") --backbone $*"
+}
+first_commands() {
+  # Part 2: the last layer alone, then with the last two convolutions; every learning rate.
+  for backbone in $BACKBONES; do
+    transfer "$backbone --unfreeze-convolutions 0 --learning-rate $FC_LEARNING_RATES"
+    transfer "$backbone --unfreeze-convolutions 2 --learning-rate $LAST2_LEARNING_RATES"
+  done
+  # Part 1: both networks x batch sizes x learning rates.
+  for model in $MODELS; do for batch in $BATCH_SIZES; do
+    scratch "$model --batch-size $batch --learning-rate $LEARNING_RATES"
   done; done
 }
-dropouts() {  # dropout on the best of each network; the best is looked up when the run starts
-  for seed in $SEEDS; do for model in plain residual; do for dropout in $DROPOUTS; do
-    echo "python train_scratch.py --model $model --best-of-grid --dropout $dropout" \
-      "--image-size $IMAGE_SIZE $(common "$seed")"
-  done; done; done
+dropout_commands() {  # on the best of each network, which the finished grid tells
+  for model in $MODELS; do scratch "$model --best-of-grid --dropout $DROPOUTS"; done
 }
-transfers() {  # FC only and last two convolutions + FC; each tries every learning rate
-  for seed in $SEEDS; do for backbone in $BACKBONES; do
-    begin="python finetune.py --backbone $backbone --weights $(quote "$WEIGHTS")"
-    end="--image-size $FINETUNE_IMAGE_SIZE $(common "$seed")"
-    echo "$begin --unfreeze-convolutions 0 --learning-rate $FC_LEARNING_RATES $end"
-    echo "$begin --unfreeze-convolutions 2 --learning-rate $LAST2_LEARNING_RATES $end"
-  done; done
-}
-commands() { transfers; grid; dropouts; }
 
-if [[ $LIST ]]; then commands; exit 0; fi
-
-# 1. Packages: use the python at hand, or a virtual environment of our own if it lacks some.
-stage "set-up"
 lacks() { ! "$1" -c 'import sys; from importlib.util import find_spec as find
-sys.exit(not all(map(find, ("torch", "torchvision", "matplotlib", "numpy"))))' 2>/dev/null; }
-command -v "$PYTHON" >/dev/null || fail "no $PYTHON here: install Python 3.10 or newer"
+sys.exit(not all(map(find, ("torch", "torchvision", "matplotlib", "numpy"))))' 2> /dev/null; }
+check_settings() {  # all of them, before any work; prints the number of runs, GPUs, processors
+  { first_commands; dropout_commands; } | "$PYTHON" tools/check_commands.py
+}
+if [[ $LIST ]]; then
+  lacks "$PYTHON" || check_settings > /dev/null
+  first_commands; dropout_commands; exit 0
+fi
+
+# Whatever runs is a process group of its own: Ctrl-C, kill or a closed terminal end all of it.
+run() {
+  set -m
+  "$@" &
+  group=$!
+  set +m
+  wait "$group" || { end_group; return 1; }
+  group=
+}
+end_group() {  # after a second by force, which loses no more than a power failure
+  kill -TERM -- "-$group"
+  for _ in {1..20}; do ! kill -0 -- "-$group" || sleep 0.05; done
+  kill -KILL -- "-$group"
+  wait "$group"
+} 2> /dev/null
+stop() {
+  trap '' INT TERM HUP
+  [[ ! $group ]] || end_group || true
+  echo "run_all.sh: interrupted; finished epochs are kept, the next call goes on" >&8
+  exit 130
+}
+group=
+exec 8>&2
+trap stop INT TERM HUP
+
+stage "set-up"  # the python at hand, or a virtual environment of our own if it lacks a package
+command -v "$PYTHON" > /dev/null || fail "no $PYTHON here: install Python 3.10 or newer"
+install() { "$PYTHON" -m venv .venv && .venv/bin/python -m pip install --quiet -r requirements.txt; }
 if lacks "$PYTHON"; then
   if lacks .venv/bin/python; then
     echo "installing requirements.txt into .venv (a few minutes, a few GB, only once)"
-    "$PYTHON" -m venv .venv && .venv/bin/python -m pip install --quiet -r requirements.txt ||
-      fail "installing failed; see above. Remove .venv before you try again."
+    run install || fail "installing failed; see above. Remove .venv before you try again."
   fi
   PYTHON=.venv/bin/python
 fi
 "$PYTHON" -V
+counted=$(check_settings) || exit 1
+read -r STUDY_RUNS GPUS PROCESSORS <<< "$counted"
+mkdir -p "$OUT" && exec 9>> "$OUT/.lock" || fail "cannot write to OUT=$OUT"
+# The lock is this process's and its children's, and ends with them, however they end.
+"$PYTHON" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2> /dev/null ||
+  fail "$(cat "$OUT/.lock") works in $OUT: wait for it, or give another OUT"
+echo "process $$ on $(uname -n)" > "$OUT/.lock"
 
-# 2. Photos and weights first, so that nothing is missing an hour into the training.
-stage "photos"
+stage "photos"  # and weights before training, so that nothing is missing an hour into it
 if [[ ! $DEMO && ! $DATA_GIVEN && ! -d $DATA ]]; then
-  "$PYTHON" data.py --download --data "$DATA" --output "$OUT" || use_demo
+  run "$PYTHON" tools/prepare.py --download --data "$DATA" --output "$OUT" ||
+    exec bash "${BASH_SOURCE[0]}" --demo
 fi
 if [[ $DEMO ]]; then announce_demo; fi
-mkdir -p "$OUT" || fail "cannot write to OUT=$OUT"
 checked=$OUT/photos.txt  # what the check printed; made again for other or newer photos
-if [[ $DEMO || ! -f $checked || $(cat "$OUT/.photos-of" 2>/dev/null) != "$DATA" ||
+check_photos() {
+  { echo "$DATA"; "$PYTHON" tools/prepare.py ${DEMO:+--demo} --data "$DATA" --output "$OUT" \
+    --image-size "$IMAGE_SIZE" "$FINETUNE_IMAGE_SIZE"; } > "$checked.new"
+}
+if [[ ! -f $checked || $(head -n 1 "$checked") != "$DATA" ||
   $(find -L "$DATA" -newer "$checked" -print -quit) ]]; then
-  "$PYTHON" data.py ${DEMO:+--demo} --data "$DATA" --output "$OUT" \
-    --image-size "$IMAGE_SIZE" "$FINETUNE_IMAGE_SIZE" > "$checked.new" ||
-    { cat "$checked.new"; fail "the photos in $DATA need a look"; }
-  mv "$checked.new" "$checked" && echo "$DATA" > "$OUT/.photos-of"
+  run check_photos || { cat "$checked.new"; fail "the photos in $DATA need a look"; }
+  mv "$checked.new" "$checked"
 fi
 cat "$checked"
-
-stage "networks"
 classes=$(find -L "$DATA/train" -mindepth 1 -maxdepth 1 -type d ! -name '[._]*' | wc -l)
-sizes=$classes-$IMAGE_SIZE-$FINETUNE_IMAGE_SIZE
-layers=$OUT/layers-$(echo "$WEIGHTS-$BACKBONES-$sizes" | tr -s ' /' '-').txt
-if [[ ! -f $layers ]]; then  # every network layer by layer; this also fetches the weights
+describe_networks() {
   # shellcheck disable=SC2086
-  { "$PYTHON" models.py plain residual --classes $classes --image-size "$IMAGE_SIZE" &&
+  "$PYTHON" models.py $MODELS --classes $classes --image-size "$IMAGE_SIZE" &&
     "$PYTHON" models.py $BACKBONES --weights "$WEIGHTS" --classes $classes \
-      --image-size "$FINETUNE_IMAGE_SIZE"; } > "$layers.new" || fail "no network to train; see above"
-  mv "$layers.new" "$layers"
+      --image-size "$FINETUNE_IMAGE_SIZE"
+}
+run describe_networks > "$OUT/layers.new" || fail "no network to train; see above"
+mv "$OUT/layers.new" "$OUT/layers.txt"
+echo "every network layer by layer: $OUT/layers.txt"
+
+stage "training"  # JOBS commands at a time: one run alone fills neither a processor nor a GPU
+if [[ ! $JOBS ]]; then
+  JOBS=$PROCESSORS
+  (( GPUS == 0 )) || JOBS=$(( GPUS > 4 ? GPUS : 4 ))
 fi
-echo "layer by layer in $layers"
-
-# 3. Training: transfer runs, the grid, then dropout on the best of the grid.
-stage "training"
-commands | "$PYTHON" -m tools.run_queue ${JOBS:+--jobs "$JOBS"} ||
-  fail "training stopped at the run above; finished runs are kept, the next call goes on"
-
-# 4. The best of each by validation accuracy; only these see the test split.
-stage "choice and test"
-"$PYTHON" summary.py --output "$OUT" > /dev/null
-"$PYTHON" evaluate.py --chosen --split test --data "$DATA" --output "$OUT" --device "$DEVICE"
-
-# 5. What a reader looks at.
-stage "summary and figures"
-"$PYTHON" summary.py --output "$OUT"
-"$PYTHON" plot.py --output "$OUT" --data "$DATA"
-"$PYTHON" report.py --output "$OUT"
-
-stage "done"
-for i in "${!stages[@]}"; do
-  [[ ${stages[$i]} == done ]] || printf '%6d s  %s\n' "$((began[i + 1] - began[i]))" "${stages[$i]}"
+STUDY_START=$(date +%s)
+export OUT GPUS STUDY_RUNS STUDY_START
+python() { "$PYTHON" "$@"; }
+train_line() {  # the first command that fails ends the others, which go on at the next call
+  if (( GPUS > 1 )); then
+    IFS=, read -ra visible <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((GPUS - 1)))}"
+    export CUDA_VISIBLE_DEVICES=${visible[${SLOT:-0} % GPUS]}
+  fi
+  local log
+  log=$(mktemp)
+  if ! eval "$1" 2>&1 | tee "$log"; then
+    { echo "failed: $1"; tail -n 3 "$log"; } > "$OUT/.failed"
+    kill -TERM 0
+  fi
+  rm "$log"
+}
+export -f python train_line
+slot=--process-slot-var=SLOT  # GNU's xargs alone has it; without, all commands share a GPU
+xargs $slot true < /dev/null 2> /dev/null || slot=
+train() {
+  tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" $slot bash -c 'set -o pipefail; train_line "$1"' _ 2> /dev/null
+}
+rm -f "$OUT/.failed"
+for commands in first_commands dropout_commands; do
+  run train < <($commands) || {
+    [[ ! -f $OUT/.failed ]] || cat "$OUT/.failed" >&2
+    fail "training stopped; finished epochs are kept, the next call goes on"
+  }
 done
-printf '%6d s  in all. Read %s/report.pdf or report.md.\n' "$SECONDS" "$OUT"
+
+stage "choice, test, comparisons"  # the best of each by validation; only these see the test split
+run "$PYTHON" evaluate.py --chosen --data "$DATA" --output "$OUT" --device "$DEVICE"
+
+stage "figures and report"
+run "$PYTHON" plot.py --output "$OUT" --data "$DATA"
+run "$PYTHON" tools/report.py --output "$OUT"
+
+stage "done: read $OUT/report.pdf or report.md"
 if [[ $DEMO ]]; then announce_demo; fi
+! grep -q '"failed"' "$OUT"/runs/*.json || fail "some runs failed, see above; the rest is complete"

@@ -1,0 +1,618 @@
+"""One training loop, and what a run leaves behind. train_scratch.py and finetune.py use it.
+
+A run is one combination of settings with one seed. Every random number of it is a function of the
+seed and the epoch, so a run that was interrupted goes on from its last stored epoch and ends where
+it would have ended.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import hashlib
+import io
+import itertools
+import math
+import os
+import platform
+import re
+import sys
+import time
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+from common import atomic_file, cpu_count, lock, number, read_json, read_runs, run_name, write_json
+
+import torch
+import torch.nn.functional as F
+
+import data
+import models
+
+# Flags that say where and how fast a run happens: they never make it a different one.
+PLACE_FLAGS = (
+    *("data", "output", "cache", "device", "name"),
+    *("best_of_grid", "checkpoint_seconds", "feature_memory"),
+)
+# A run's name spells these out, or leaves them out; any other appears in it if not at default.
+NAMED_FLAGS = ("model", "backbone", "unfreeze_convolutions", "threads")
+# Flags that take several values, so their defaults are lists; each combination is a run.
+PLURAL_FLAGS = ("seed", "batch_size", "dropout", "learning_rate")
+# What the runs of one network's grid and its dropout variants may differ in.
+GRID_FLAGS = (*PLURAL_FLAGS, "threads")
+EVALUATION_BATCH = 64
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags and runs
+
+
+def add_training_flags(parser):
+    """The flags that both training scripts share with the same defaults."""
+    flag, many = parser.add_argument, {"nargs": "+"}
+    flag("--name", type=run_name, help="of the run and its files; made from the settings if absent")
+    flag("--epochs", type=number(int, 1), default=50, help="times each photo is seen")
+    flag("--batch-size", type=number(int, 1), default=[64], help="photos a step", **many)
+    flag("--seed", type=number(int, 0, 2**31), default=[0], help="of all that is drawn", **many)
+    flag("--schedule", choices=("linear", "constant"), default="linear", help="after the warm-up")
+    flag("--warmup-epochs", type=number(float, 0), default=2.0, help="of linear rise to the rate")
+    flag("--label-smoothing", type=number(float, 0, 1), default=0.1, help="of the cross-entropy")
+    flag("--precision", choices=("auto", "bfloat16", "float32"), default="auto", help="of products")
+    flag("--threads", type=number(int, 1), default=cpu_count(), help="of the CPU; change rounding")
+    flag("--deterministic", action="store_true", help="the same numbers again on a GPU; slower")
+    flag("--checkpoint-seconds", type=number(float, 0), default=30.0, help="between stored states")
+
+
+class Photos(NamedTuple):
+    """What training sees. description: classes, counts, fingerprint, as in a run's JSON."""
+
+    train: data.Split
+    validation: data.Split
+    description: dict
+
+
+def load_photos(arguments):
+    """Decode the training and validation photos, or find them decoded; return Photos."""
+    train, validation = (
+        data.load_split(arguments.data, split, arguments.image_size, arguments.cache)
+        for split in ("train", "validation")
+    )
+    classes, files, ignored = data.list_photos(arguments.data)
+    counts = {split: Counter(file.split("/")[0] for file in files[split]) for split in files}
+    unread = [f"{split}/{name}" for split in ignored for name in ignored[split]]
+    if unread:
+        print(f"{arguments.data}: not read, since no photos: {len(unread)}, such as {unread[0]}")
+    fingerprint = f"{train.fingerprint[:16]}-{validation.fingerprint[:16]}"
+    description = {"fingerprint": fingerprint, "classes": classes, "counts": counts}
+    return Photos(train, validation, description)
+
+
+def unfinished_runs(parser, arguments, prefix, photos):
+    """Yield an argparse.Namespace for each combination of the plural flags that is not finished.
+
+    It has one value where `arguments` has several, and the run's name; `prefix` is what the name
+    begins with. While a run is in use no other process trains it.
+    """
+    combinations = list(itertools.product(*(getattr(arguments, flag) for flag in PLURAL_FLAGS)))
+    if arguments.name and len(combinations) > 1:
+        raise SystemExit(f"--name {arguments.name}: of {len(combinations)} runs; name one only.")
+    for values in combinations:
+        chosen = dict(zip(PLURAL_FLAGS, values, strict=True))
+        run = argparse.Namespace(**{**vars(arguments), **chosen})
+        run.name = arguments.name or make_name(parser, run, prefix)
+        with lock(Path(run.output, ".locks", run.name)) as mine:
+            if not mine:
+                print(f"{run.name}: another process is training it, left alone")
+            elif is_finished(run, photos):
+                print(f"{run.name}: finished before with the same settings and photos")
+            else:
+                yield run
+
+
+def make_name(parser, run, prefix):
+    """Build a run's name: prefix, what the grid varies, then what is not at its default."""
+    name = f"{prefix}-lr{run.learning_rate:g}-bs{run.batch_size}"
+    if [run.dropout] != parser.get_default("dropout"):
+        name += f"-dropout{run.dropout:g}"
+    name += f"-seed{run.seed}"
+    for key, value in vars(run).items():
+        if key in PLACE_FLAGS + NAMED_FLAGS + PLURAL_FLAGS or value == parser.get_default(key):
+            continue
+        text = f"{value:g}" if isinstance(value, float) else re.sub(r"[^\w.]+", "_", str(value))
+        name += f"-{key.replace('_', '')}{text}"
+    return name
+
+
+def settings(config, without=()):
+    """The part of a run's config that decides its result: a dict of flag to value."""
+    left_out = (*PLACE_FLAGS, *without)
+    return {key: value for key, value in config.items() if key not in left_out}
+
+
+def is_finished(run, photos):
+    """Whether output/ holds this run, with these settings, of these photos.
+
+    Exits with one line if its name is taken by a run with others: nothing finished is overwritten.
+    """
+    path = Path(run.output, "runs", f"{run.name}.json")
+    if not path.exists():
+        return False
+    stored = read_json(path, "config", "data", "best")
+    ours, theirs = settings(vars(run)), settings(stored["config"])
+    other = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+    if stored["data"].get("fingerprint") != photos.description["fingerprint"]:
+        other.append("photos")
+    if other:
+        raise SystemExit(
+            f"{path} is a run with other {', '.join(other).replace('_', '-')}: give another "
+            "--output or --name, or delete it."
+        )
+    return "failed" in stored or checkpoint_file(run.output, run.name).exists()
+
+
+def best_setting(runs):
+    """Choose (learning rate, batch size) by best validation accuracy, mean over seeds.
+
+    Ties are broken by the lower validation loss. runs: a non-empty list of contents of runs' JSON;
+    a setting of which a run has failed is not chosen unless all have.
+    """
+    groups = {}
+    for run in runs:
+        key = run["config"]["learning_rate"], run["config"]["batch_size"]
+        groups.setdefault(key, []).append(run["best"])
+
+    def merit(key):
+        bests = groups[key]
+        if None in bests:
+            return -1.0, 0.0
+        accuracy = sum(best["validation_accuracy"] for best in bests) / len(bests)
+        return accuracy, -sum(best["validation_loss"] for best in bests) / len(bests)
+
+    return max(sorted(groups), key=merit)
+
+
+def take_best_of_grid(arguments, photos):
+    """A copy of `arguments` with the learning rate and batch size that the finished grid chose.
+
+    The grid: the runs in output/ that have the settings of `arguments` but for what a grid varies.
+    """
+    wanted = settings(vars(arguments), GRID_FLAGS)
+    grid = [
+        run
+        for run in read_runs(arguments.output).values()
+        if settings(run["config"], GRID_FLAGS) == wanted
+        and run["config"]["dropout"] == 0
+        and run["data"]["fingerprint"] == photos.description["fingerprint"]
+    ]
+    if not grid:
+        raise SystemExit(
+            f"--best-of-grid: {arguments.output} has no finished run of {arguments.model} with "
+            "these settings."
+        )
+    learning_rate, batch_size = best_setting(grid)
+    chosen = {"learning_rate": [learning_rate], "batch_size": [batch_size]}
+    return argparse.Namespace(**{**vars(arguments), **chosen})
+
+
+# ---------------------------------------------------------------------------------------------
+# Device and precision
+
+
+def set_up(arguments):
+    """Threads and memory of this process; return the torch.device to train on."""
+    torch.set_num_threads(arguments.threads)
+    if arguments.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    reuse_memory()
+    return pick_device(arguments.device)
+
+
+def pick_device(name):
+    """torch.device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; exits if it is not there."""
+    if name == "auto":
+        found = torch.accelerator.is_available()
+        return torch.accelerator.current_accelerator() if found else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise SystemExit(f"--device {name}: not available here ({reason})") from None
+    return device
+
+
+def reuse_memory():
+    """Make the C library keep freed memory for the next step, as the GPU's allocator does.
+
+    Left alone glibc returns each large tensor to the system and gets it back zeroed, page by page:
+    a sixth of a training step on the CPU. Elsewhere this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no memory outside the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the heap
+
+
+def autocast(device, precision):
+    """The context of the forward pass. `auto` is bfloat16 where the hardware multiplies in it."""
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            # A CPU without these instructions emulates bfloat16, slower than float32. torch 2.6
+            # has no public way to ask; get_capabilities() came later.
+            probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+            native = device.type == "cpu" and probe is not None and probe()
+        precision = "bfloat16" if native else "float32"
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimizers and schedule
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every update is made (nearly) orthogonal: for matrices and kernels.
+
+    Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. A kernel
+    [out, in, k, k] counts as the matrix [out, k * k * in]. Decoupled weight decay.
+    """
+
+    def __init__(self, parameters, lr, weight_decay, momentum=0.95):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state["average"] = torch.zeros_like(weight)
+                state["average"].lerp_(weight.grad, 1 - group["momentum"])
+                update = weight.grad.lerp(state["average"], group["momentum"])  # Nesterov
+                if update.ndim == 4:  # in channels_last order, where flattening copies nothing
+                    update = update.permute(0, 2, 3, 1)
+                matrix = update.flatten(1)
+                scale = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
+                update = orthogonalise(matrix).view(update.shape)
+                if update.ndim == 4:
+                    update = update.permute(0, 3, 1, 2)
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.sub_(update, alpha=group["lr"] * scale)
+
+
+def orthogonalise(matrix):
+    """Five Newton-Schulz steps towards the nearest (semi-)orthogonal matrix, in bfloat16."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        polynomial = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, polynomial, x, beta=3.4445)
+    return (x.T if tall else x).to(matrix.dtype, memory_format=torch.contiguous_format)
+
+
+def build_optimizers(model, run):
+    """Optimizers for what is not frozen. Biases and batch norm are not decayed.
+
+    With Muon it takes the matrices and kernels, at the learning rate; AdamW takes the rest, the
+    last layer and a convolution of the three colours, at a tenth of it.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    last = [parameter for parameter in trained if parameter.ndim > 1][-1]  # registered last
+    inner, matrices, vectors = [], [], []
+    for parameter in trained:
+        if parameter.ndim <= 1:
+            vectors.append(parameter)
+        elif run.optimizer == "muon" and parameter is not last and parameter.shape[1] != 3:
+            inner.append(parameter)
+        else:
+            matrices.append(parameter)
+    optimizers, rate, decay = [], run.learning_rate, run.weight_decay
+    if inner:
+        optimizers.append(Muon(inner, lr=rate, weight_decay=decay))
+    if run.optimizer == "muon":
+        rate, decay = rate / 10, 0.01
+    groups = [
+        {"params": matrices, "weight_decay": decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    fused = trained[0].device.type in ("cpu", "cuda")
+    optimizers.append(torch.optim.AdamW(groups, lr=rate, fused=fused))
+    for group in parameter_groups(optimizers):
+        group["highest_lr"] = group["lr"]
+    return optimizers
+
+
+def parameter_groups(optimizers):
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def learning_rate_factor(epoch, epochs, warmup, schedule):
+    """Linear rise over `warmup` epochs, then linear fall to zero, or none; `epoch` is a float."""
+    warmup = min(warmup, epochs / 2)
+    if epoch < warmup:
+        return epoch / warmup
+    return 1.0 if schedule == "constant" else (epochs - epoch) / (epochs - warmup)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def cutmix(images, probability, numbers):
+    """With `probability`, paste a random square of one photo of the batch into another, in place.
+
+    images: float [B, C, H, W]; numbers: 4 random floats within 0..1. Returns the share of the
+    pixels that stay; the others are those of images.roll(1, 0). Yun et al., ICCV 2019. One square
+    per batch: nothing here waits for the device.
+    """
+    happens, share, x, y = numbers
+    if happens >= probability:
+        return 1.0
+    size = images.shape[-1]
+    side = int(size * math.sqrt(1 - share))
+    top, left = int(y * (size - side + 1)), int(x * (size - side + 1))
+    rows, columns = slice(top, top + side), slice(left, left + side)
+    images[:, :, rows, columns] = images[:, :, rows, columns].roll(1, 0)
+    return 1 - (side / size) ** 2
+
+
+def train_one_epoch(model, loader, optimizers, epoch, run, context):
+    """Train on every photo once; return mean loss and accuracy as the network saw them, floats.
+
+    Sums stay on the device and are read once, at the end: no step waits for one before it.
+    """
+    torch.manual_seed(run.seed * 1_000_003 + epoch)  # of dropout, and of CutMix if there is any
+    mixing = getattr(run, "cutmix", 0)  # features of a frozen part can't be mixed
+    numbers = torch.rand(len(loader), 4).tolist()
+    loader.set_epoch(epoch)
+    model.train()
+    loss_sum = torch.zeros((), device=loader.device)
+    correct = torch.zeros((), device=loader.device)
+    for step, (inputs, labels) in enumerate(loader):
+        now = epoch + (step + 1) / (len(loader) + 1)  # no step has a learning rate of zero
+        factor = learning_rate_factor(now, run.epochs, run.warmup_epochs, run.schedule)
+        for group in parameter_groups(optimizers):
+            group["lr"] = group["highest_lr"] * factor
+        share = cutmix(inputs, mixing, numbers[step]) if mixing else 1.0
+        with context:
+            logits = model(inputs)
+        logits = logits.float()
+        targets = F.one_hot(labels, logits.shape[1]).to(logits)
+        targets = torch.lerp(targets.roll(1, 0), targets, share)
+        loss = F.cross_entropy(logits, targets, label_smoothing=run.label_smoothing)
+        model.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        loss_sum += loss.detach() * len(labels)
+        correct += (logits.detach().argmax(1) == labels).sum()
+    return float(loss_sum) / len(loader.labels), float(correct) / len(loader.labels)
+
+
+@torch.no_grad()
+def validate(model, loader, context):
+    """Mean cross-entropy and accuracy over a loader, floats."""
+    model.eval()
+    loss_sum = torch.zeros((), device=loader.device)
+    correct = torch.zeros((), device=loader.device)
+    for inputs, labels in loader:
+        with context:
+            logits = model(inputs)
+        logits = logits.float()
+        loss_sum += F.cross_entropy(logits, labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+    return float(loss_sum) / len(loader.labels), float(correct) / len(loader.labels)
+
+
+class Result(NamedTuple):
+    """What fit() returns. best, best_state (tensors on the CPU): None if the run failed."""
+
+    history: list  # a dict for each epoch
+    best: dict | None  # epoch, validation_accuracy, validation_loss
+    best_state: dict | None
+    seconds: float
+    failed: str | None  # why the run ended before its last epoch
+
+
+def fit(model, train_loader, validation_loader, run, photos):
+    """Train `model` for run.epochs, from the stored state of the run if there is one -> Result.
+
+    The best epoch has the highest validation accuracy, the lower loss on ties. The loaders yield
+    inputs that `model` takes: photos, or features of its frozen part.
+    """
+    if len(train_loader.labels) < 2 * len(train_loader):
+        raise SystemExit("batch norm can't train on a batch of one photo: a larger --batch-size")
+    context, optimizers = autocast(train_loader.device, run.precision), build_optimizers(model, run)
+    file = checkpoint_file(run.output, run.name).with_suffix(".unfinished")
+    belongs_to = [settings(vars(run)), photos.description["fingerprint"], str(torch.__version__)]
+    stored = read_state(file, belongs_to)
+    history, best, best_state, seconds = [], None, None, 0.0
+    if stored is not None:
+        history, best, best_state = stored["history"], stored["best"], stored["best_state"]
+        seconds = stored["seconds"]
+        model.load_state_dict(stored["model"])
+        for optimizer, state in zip(optimizers, stored["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        print(f"{run.name}: goes on after epoch {len(history)}")
+    written = time.perf_counter()
+    for epoch in range(len(history), run.epochs):
+        begin = time.perf_counter()
+        try:
+            train_loss, train_accuracy = train_one_epoch(
+                model, train_loader, optimizers, epoch, run, context
+            )
+            loss, accuracy = validate(model, validation_loader, context)
+        except torch.OutOfMemoryError:
+            raise SystemExit(
+                f"{run.name}: out of memory on {train_loader.device}. Choose a smaller "
+                "--batch-size or --image-size, or fewer runs at a time (JOBS)."
+            ) from None
+        took = time.perf_counter() - begin
+        seconds += took
+        if not (math.isfinite(train_loss) and math.isfinite(loss)):
+            where = f"epoch {epoch + 1}, learning rate {run.learning_rate:g}"
+            return Result(history, None, None, seconds, f"the loss is not finite in {where}")
+        history.append(
+            {
+                "epoch": epoch + 1,
+                "learning_rate": optimizers[0].param_groups[0]["lr"],
+                "train_loss": train_loss,
+                "train_accuracy": train_accuracy,
+                "validation_loss": loss,
+                "validation_accuracy": accuracy,
+                "seconds": took,
+            }
+        )
+        if best is None or (accuracy, -loss) > (
+            best["validation_accuracy"],
+            -best["validation_loss"],
+        ):
+            best = {"epoch": epoch + 1, "validation_accuracy": accuracy, "validation_loss": loss}
+            best_state = {
+                key: tensor.detach().to("cpu", copy=True)
+                for key, tensor in model.state_dict().items()
+            }
+        print_progress(run, history, len(train_loader.labels))
+        if time.perf_counter() - written >= run.checkpoint_seconds and epoch + 1 < run.epochs:
+            state = {
+                "belongs_to": belongs_to,
+                "history": history,
+                "best": best,
+                "best_state": best_state,
+                "seconds": seconds,
+                "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            }
+            write_state(file, state)
+            written = time.perf_counter()
+    return Result(history, best, best_state, seconds, None)
+
+
+def print_progress(run, history, photos):
+    """One line on a terminal, rewritten each epoch; about ten lines in a log file."""
+    epoch, last, terminal = len(history), history[-1], sys.stdout.isatty()
+    if not terminal and epoch % max(1, run.epochs // 10) and epoch != run.epochs:
+        return
+    text = (
+        f"{run.name}  epoch {epoch}/{run.epochs}  train {last['train_loss']:.3f} "
+        f"{last['train_accuracy']:.1%}  validation {last['validation_loss']:.3f} "
+        f"{last['validation_accuracy']:.1%}  {photos / last['seconds']:,.0f} images/s  "
+        f"{last['seconds'] * (run.epochs - epoch):.0f} s left"
+    )
+    print(text, end="\n" if not terminal or epoch == run.epochs else "\x1b[K\r", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def checkpoint_file(output, name):
+    """Path of the weights of a run's best epoch."""
+    return Path(output, "checkpoints", f"{name}.pt")
+
+
+def serialise(content):
+    """What torch.save writes, bytes, and the sha256 of that, hexadecimal."""
+    buffer = io.BytesIO()  # torch.save would turn a full disk into an error of its own
+    torch.save(content, buffer)
+    return buffer.getvalue(), hashlib.sha256(buffer.getbuffer()).hexdigest()
+
+
+def write_state(path, state):
+    """Store an unfinished run: the sha256 of what follows, a line feed, what torch.save writes."""
+    written, digest = serialise(state)
+    with atomic_file(path) as file:
+        file.write(digest.encode() + b"\n" + written)
+
+
+def read_state(path, belongs_to):
+    """What write_state() stored, None if nothing; says so if it is damaged or of another run."""
+    if not path.exists():
+        return None
+    digest, _, written = path.read_bytes().partition(b"\n")
+    if hashlib.sha256(written).hexdigest().encode() != digest:
+        print(f"{path} is damaged and not used: the run begins again")
+        return None
+    state = torch.load(io.BytesIO(written), map_location="cpu", weights_only=True)
+    if state["belongs_to"] != belongs_to:
+        print(f"{path} is of other settings, photos or torch and not used: the run begins again")
+        return None
+    return state
+
+
+def save_run(kind, run, photos, model, result, **more):
+    """Write the checkpoint, then the run's JSON: the JSON's presence means finished.
+
+    model: the whole network, result.best_state its state dict. more: further keys of the JSON.
+    """
+    config, path = vars(run), checkpoint_file(run.output, run.name)
+    digest = None
+    if result.failed is None:
+        checkpoint = {
+            "state": result.best_state,
+            "config": config,
+            "kind": kind,
+            "name": run.name,
+            "classes": photos.train.classes,
+        }
+        written, digest = serialise(checkpoint)
+        with atomic_file(path) as file:
+            file.write(written)
+    training = sum(epoch["seconds"] for epoch in result.history)
+    content = {
+        "name": run.name,
+        "kind": kind,
+        "config": config,
+        "data": photos.description,
+        "environment": environment(run),
+        "model": {"name": getattr(run, "model", None) or run.backbone, **models.counts(model)},
+        "history": result.history,
+        "best": result.best,
+        "seconds": result.seconds,
+        "images_per_second": len(photos.train.labels) * len(result.history) / max(training, 1e-9),
+        "checkpoint_sha256": digest,
+        **more,
+    }
+    if result.failed is not None:
+        content["failed"] = result.failed
+    write_json(Path(run.output, "runs", f"{run.name}.json"), content)
+    path.with_suffix(".unfinished").unlink(missing_ok=True)
+    if result.failed is not None:
+        print(f"{run.name}: failed, {result.failed}")
+    else:
+        print(
+            f"{run.name}: best validation accuracy {result.best['validation_accuracy']:.1%} in "
+            f"epoch {result.best['epoch']}, {result.seconds:.0f} s{study_progress(run.output)}"
+        )
+
+
+def study_progress(output):
+    """How far run_all.sh has come, ", run 7 of 37, 12 minutes left"; empty outside of it."""
+    if "STUDY_RUNS" not in os.environ:
+        return ""
+    total, begun = int(os.environ["STUDY_RUNS"]), float(os.environ["STUDY_START"])
+    finished = [path.stat().st_mtime for path in Path(output, "runs").glob("*.json")]
+    here = max(1, sum(moment >= begun for moment in finished))
+    number_of_run = min(total, len(finished))
+    minutes = (time.time() - begun) / here * (total - number_of_run) / 60
+    return f", run {number_of_run} of {total}, {minutes:.0f} minutes left"
+
+
+def environment(run):
+    """Versions and the name of the device, for the run's JSON."""
+    device = pick_device(run.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "device": f"{device.type} {name}",
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,463 @@
+"""Write a study up: report.md and report.pdf in its folder of results, from JSON and figures.
+
+    python tools/report.py --output results
+
+Every number and every judgement is computed from the results; the code is taken from the source.
+Two models are called different only where a paired test on the same photos says so.
+"""
+
+import inspect
+import itertools
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_pdf import PdfPages
+from matplotlib.figure import Figure
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import Parser, atomic_file, best_models, read_runs
+
+import engine
+import evaluate
+import models
+import plot
+
+# ---------------------------------------------------------------------------------------------
+# What the report says, in Markdown. A function that has nothing to say returns "".
+
+
+def table(head, rows, caption):
+    """A table whose columns are aligned in the Markdown, too."""
+    lines = [[str(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = [[c.ljust(width) for c, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded) + f"\n\n*{caption}*"
+
+
+def code(*functions):
+    sources = [textwrap.dedent(inspect.getsource(function)) for function in functions]
+    return "\n\n".join(f"```python\n{source}```" for source in sources)
+
+
+def listing(items):
+    """a, b and c."""
+    *first, last = items
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def half_width(photos, accuracy):
+    """Half the 95% interval of an accuracy near `accuracy` on that many photos, in points."""
+    return 196 * (accuracy * (1 - accuracy) / photos) ** 0.5
+
+
+def describe_pair(summary, a, b):
+    """A sentence on two chosen models, if they have been compared on test photos."""
+    lines = [line for line in summary["comparisons"] if {line["a"], line["b"]} == {a, b}]
+    if not lines:
+        return ""
+    [line] = lines
+    sign = 100 if line["a"] == a else -100
+    difference = sign * line["difference"]
+    low, high = sorted(sign * bound + 0.0 for bound in line["interval_95"])  # no "-0.0"
+    if low == high == 0:  # right on the very same photos
+        return f"On the same test photos {a} is exactly as accurate as {b}."
+    apart, verdict = "exactly as accurate as", "this study can't tell them apart"
+    if difference != 0:
+        apart = f"{abs(difference):.1f} points {'better' if difference > 0 else 'worse'} than"
+    if line["different"]:
+        verdict = f"they differ, and {a if difference > 0 else b} is the better one"
+    return f"""On the same test photos {a} is {apart} {b} (95% interval {low:+.1f} to {high:+.1f},
+p = {line["p_value"]:.2g}, {line.get("method", "exact McNemar test")}), so {verdict}."""
+
+
+def describe_pairs(summary, pairs):
+    sentences = [describe_pair(summary, *pair) for pair in pairs]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def results_table(rows, caption):
+    head = "model", "validation [95%]", "test [95%]", "gap", "trained", "seconds"
+    lines = []
+    for row in rows:
+        accuracies = [evaluate.format_accuracy(row, split) for split in ("validation", "test")]
+        gap = "" if row["gap"] is None else f"{100 * row['gap']:+.1f}"
+        cost = f"{row['trainable_parameters']:,}", f"{row['seconds']:.0f}"
+        lines.append((row["label"], *accuracies, gap, *cost))
+    return table(head, lines, f"{caption} Trained is the number of parameters.")
+
+
+def photos(run):
+    counts, classes, warning = run["data"]["counts"], run["data"]["classes"], ""
+    train, validation, test = (sum(counts[s].values()) for s in ("train", "validation", "test"))
+    if Path(run["config"]["data"]).name == "demo":
+        warning = "THESE ARE NO RESULTS: the photos are made-up drawings, a demonstration."
+    rows = [(name, *(counts[split][name] for split in counts)) for name in classes]
+    return f"""## The photos
+
+{warning}
+
+{train + validation + test:,} photos of {len(classes)} classes: {train:,} to train, {validation:,}
+for every choice, {test:,} for the last measurement only. An accuracy near 80% on {test:,} photos
+has a 95% interval of about ±{half_width(test, 0.8):.0f} points.
+
+{table(("class", *counts), rows, "Photos of each class in each split.")}"""
+
+
+def architectures(run):
+    config, plain, tables = run["config"], models.PlainCNN, []
+    for name, build in models.SCRATCH.items():
+        network = build(len(run["data"]["classes"]))
+        layers, count = models.describe(network, config["image_size"]), models.counts(network)
+        head = [column for column in layers[0] if column != "state"]
+        caption = f"The {name} network at {config['image_size']} px: {count['convolutions']} "
+        caption += f"convolutions, {count['linear_layers']} fully connected layers, "
+        caption += f"{count['parameters']:,} parameters. Output is channels, height, width."
+        tables.append(table(head, [[layer[key] for key in head] for layer in layers], caption))
+    layers, optimizer, end = "\n\n".join(tables), config["optimizer"], "falls linearly to zero"
+    if optimizer == "muon":
+        optimizer = """Muon: each update of a matrix is made nearly orthogonal, so that all its
+directions are learned at the same pace; AdamW at a tenth of the rate takes what is no matrix, the
+first convolution and the last layer"""
+    if config.get("schedule") == "constant":
+        end = "stays"
+    return f"""## Networks from scratch
+
+{layers}
+
+A block is convolution, 2 x 2 max pooling, batch normalisation and ReLU, five times; the mean over
+all positions goes into the fully connected layers. ReLU costs next to nothing and does not
+saturate; batch normalisation keeps the scale of each channel steady, so that a high learning rate
+works. The residual network adds the pooled input of a block to its output, from the second block
+on, with zeros for the channels that are new. A skip has no parameters: both networks have the same
+layers and the same start.
+
+The loss is cross-entropy with label smoothing {config["label_smoothing"]:g}. The optimizer is
+{optimizer}. The learning rate rises over {config["warmup_epochs"]:g} epochs, then {end}. Each photo
+of a batch gets its own crop (at least {config["crop_scale"]:.0%} of the area), flip, rotation (up
+to {config["rotation"]:g} degrees) and colours; CutMix pastes a square of another photo into it with
+probability {config["cutmix"]:g}.
+
+Convolutions and FC layers:
+
+{code(plain.__init__, plain.block, plain.forward)}
+
+The skip:
+
+{code(models.ResidualCNN.block)}
+
+What makes an update of Muon orthogonal:
+
+{code(engine.orthogonalise)}
+
+How accuracy is computed:
+
+{code(evaluate.confusion_matrix, evaluate.metrics)}"""
+
+
+def effect(lines, key, photos):
+    """A sentence on what the learning rate or the batch size does, if it has several values.
+
+    lines: of the grid of one network; photos: how many there are for validation.
+    """
+    groups = {}
+    for line in sorted(lines, key=lambda line: line[key]):
+        groups.setdefault(line[key], []).append(line["validation_accuracy"])
+    if len(groups) == 1:
+        return ""
+    means = {value: np.mean(accuracies) for value, accuracies in groups.items()}
+    low, high, middle = min(means.values()), max(means.values()), np.mean(list(means.values()))
+    chance = 2**0.5 * half_width(photos * len(lines) / len(groups), middle)
+    more = "more" if 100 * (high - low) > chance else "less"
+    numbers = listing([f"{mean:.1%} at {value:g}" for value, mean in means.items()])
+    return f"""By {key.replace("_", " ")} the mean best validation accuracy is {numbers}:
+{100 * (high - low):.1f} points apart, {more} than the {chance:.1f} that chance alone can give.
+"""
+
+
+def grid_of(model, chosen, summary, runs):
+    """What the grid of one network shows, and the course of its chosen run, the first seed."""
+    lines = [line for line in summary["grid"] if line["model"] == model]
+    lines = [line for line in lines if line["validation_accuracy"] is not None]
+    run, accuracies = runs[chosen["run"]], [line["validation_accuracy"] for line in lines]
+    limits = dict.fromkeys(f"{limit(accuracies):.1%}" for limit in (min, max))
+    total, history = sum(run["data"]["counts"]["validation"].values()), run["history"]
+    best, last = max(epoch["validation_accuracy"] for epoch in history), history[-1]
+    early = next(e["epoch"] for e in history if e["validation_accuracy"] >= 0.9 * best)
+    losses = np.array([epoch["validation_loss"] for epoch in history], dtype=float)
+    low, judgement = np.nanargmin(losses), "is near its lowest to the end: no overfitting"
+    if losses[-1] > 1.05 * losses[low]:
+        judgement = f"rises from {losses[low]:.2f} in epoch {low + 1} to {losses[-1]:.2f} at the "
+        judgement += "end: it overfits"
+    return f"""The {model} network reaches {" to ".join(limits)} on validation.
+{effect(lines, "learning_rate", total)}{effect(lines, "batch_size", total)}Chosen: learning rate
+{chosen["learning_rate"]:g}, batch {chosen["batch_size"]}. With seed {chosen["seed"]} it gets to
+nine tenths of its best accuracy in epoch {early} of {len(history)}. In the last epoch it is right
+on {last["train_accuracy"]:.1%} of the training photos, distorted and mixed as they are there, and
+on {last["validation_accuracy"]:.1%} of the validation photos. Its validation loss {judgement}.
+
+![The {model} network, all settings.](<figures/curves_{model}.png>)"""
+
+
+def grid(summary, runs):
+    chosen = {model: lines[0] for model, lines in summary["choices"].items()}
+    texts = "\n\n".join(grid_of(model, line, summary, runs) for model, line in chosen.items())
+    failures, failed = summary.get("failed", []), ""
+    if failures:
+        rows = [(failure["run"], "failed", failure["reason"]) for failure in failures]
+        failed = table(("run", "outcome", "reason"), rows, "Runs that failed.")
+    return f"""## Learning rates and batch sizes
+
+{texts}
+
+![Best validation accuracy of each setting.](<figures/grid_heatmap.png>)
+
+{failed}"""
+
+
+def scratch(summary):
+    rows = [row for row in summary["models"] if row["kind"] == "scratch"]
+    dropouts = [row["label"] for row in rows if ", dropout " in row["label"]]
+    plain = [row for row in rows if row["label"] not in dropouts]
+    pairs = [(b["label"], a["label"]) for a, b in itertools.pairwise(plain)]
+    written = f"""## The best of each, and what the skip does
+
+{results_table(plain, "The best setting of each network by validation accuracy.")}
+
+Chosen as the best of many epochs and settings on few photos, a model looks better on validation
+than it is; the gap to the test accuracy says by how much.
+{describe_pairs(summary, pairs)}"""
+    if not dropouts:
+        return written
+    pairs = [(label, label.split(", dropout ")[0]) for label in dropouts]
+    return f"""{written}
+
+## Dropout
+
+Dropout acts on the input of both fully connected layers, where every unit sees the whole photo and
+units can come to rely on each other. The convolutions have none: batch normalisation and the
+distorted photos regularise them already.
+{describe_pairs(summary, pairs)}
+
+{results_table(rows, "Without and with dropout, at the setting chosen without.")}
+
+![Dropout, with 95% intervals.](<figures/dropout.png>)"""
+
+
+def errors(row, output, title):
+    """What a chosen model, all its seeds together, mixes up."""
+    evaluations = [evaluate.read_evaluation(output, name) for name in row["runs"]]
+    if None in evaluations:
+        return ""
+    matrix = np.sum([evaluation["confusion_matrix"] for evaluation in evaluations], axis=0)
+    classes, label, name = evaluations[0]["classes"], row["label"], row["runs"][0]
+    places = itertools.combinations(range(len(classes)), 2)
+    mixed = [(matrix[i, j] + matrix[j, i], classes[j], classes[i]) for i, j in places]
+    worst = [f"{a} and {b} ({count} times)" for count, a, b in sorted(mixed)[:-4:-1] if count]
+    sentence = f"most often mixed up are {listing(worst)}" if worst else "nothing is mixed up"
+    if len(evaluations) > 1:
+        sentence = f"with {len(evaluations)} seeds together {sentence}"
+    recalls, extremes = matrix.diagonal() / matrix.sum(1), []
+    order = recalls.argsort(kind="stable")
+    for i in (order[-1], order[0]):
+        support = matrix[i].sum() / len(evaluations)
+        low, high = evaluate.wilson_interval(recalls[i], support)
+        extremes.append(f"{classes[i]} ({recalls[i]:.0%} [{low:.0%}, {high:.0%}])")
+    return f"""## {title}
+
+{label}: {sentence}. The best recognised class is {extremes[0]}, the worst {extremes[1]}.
+
+![Confusion matrix, {label}.](<figures/confusion_{name}_test.png>)
+
+![Most confident mistakes, {label}.](<figures/mistakes_{name}.png>)
+
+![Where it looks: class-activation maps, {label}.](<figures/attention_{name}.png>)"""
+
+
+def weights_of(run):
+    name = run["config"]["weights"]
+    return "random weights" if name == "none" else f"pre-trained weights ({name})"
+
+
+def transfer(summary, runs):
+    rows = [row for row in summary["models"] if row["kind"] == "finetune"]
+    lines, starts = [], set()
+    for row in rows:
+        run, total, trained = runs[row["runs"][0]], row["parameters"], row["trainable_parameters"]
+        unchanged = "yes, bit for bit" if run["frozen_unchanged"] else "no"
+        lines.append(
+            (row["label"], f"{total:,}", f"{trained:,}", f"{total - trained:,}", unchanged)
+        )
+        starts.add(weights_of(run))
+    head = "network, case", "parameters", "trained", "frozen", "frozen part unchanged"
+    pairs = [(row["label"], f"{row['label'].split(', ')[0]}, FC only") for row in rows]
+    return f"""## Fine-tuning pre-trained networks
+
+A network that has learned a million photos of ImageNet has filters for edges, textures and parts.
+Fine-tuning replaces its last layer by one for the new classes and trains that alone, or the last
+convolutions with it. The rest is frozen: a few thousand photos are too few to improve millions of
+weights and enough to spoil them, and what is frozen has to be computed only once for each view of a
+photo.
+
+{table(head, lines, "What was frozen, and whether its weights and statistics stayed as loaded.")}
+
+{results_table(rows, f"The best learning rate of each by validation; {listing(sorted(starts))}.")}
+
+{describe_pairs(summary, pairs)}
+
+![Fine-tuned networks, with 95% intervals.](<figures/transfer.png>)
+
+![Fine-tuning, learning curves.](<figures/curves_transfer.png>)"""
+
+
+def conclusion(summary, runs, best):
+    """All chosen models, and what the runs of the study have cost."""
+    title, duel, tests = "All chosen models", "", ""
+    if len(best) == 2:
+        title, one, other = "From scratch against pre-trained", best["finetune"], best["scratch"]
+        duel = f"""{describe_pair(summary, one["label"], other["label"])}
+{other["label"]} trains {other["trainable_parameters"]:,} parameters in {other["seconds"]:.0f} s,
+{one["label"]} {one["trainable_parameters"]:,} in {one["seconds"]:.0f} s, on top of its
+{weights_of(runs[one["runs"][0]])}."""
+    pairs = [line["different"] for line in summary["comparisons"]]
+    if pairs:
+        tests = f"""Of {len(pairs)} pairs of chosen models {sum(pairs)} differ by the paired test at
+5%; if none really differed, one in twenty would all the same.
+"""
+    left_out = summary.get("left_out", [])
+    if left_out:
+        tests += f"Left out, of other settings or photos: {listing(left_out)}.\n"
+    rows = sorted(summary["models"], key=lambda row: -row["validation_accuracy"])
+    # Features are computed once for all learning rates, and stand in the seconds of each run.
+    shared = {}
+    for run in runs.values():
+        case = run["model"]["name"], run["config"].get("unfreeze_convolutions")
+        shared[case, run["config"]["seed"]] = run.get("feature_seconds", 0.0)
+    alone = [run["seconds"] - run.get("feature_seconds", 0.0) for run in runs.values()]
+    minutes = (sum(alone) + sum(shared.values())) / 60
+    devices, versions = (
+        listing(sorted({run["environment"][key] for run in runs.values()}))
+        for key in ("device", "torch")
+    )
+    seeds = listing([str(n) for n in sorted({run["config"]["seed"] for run in runs.values()})])
+    return f"""## {title}
+
+{duel}
+
+{results_table(rows, "All chosen models.")}
+
+{tests}The study took {minutes:.0f} minutes of training in {len(runs)} runs, on {devices} with
+torch {versions}; seeds {seeds}.
+
+![All chosen models, with 95% intervals.](<figures/overview.png>)"""
+
+
+def write_report(output):
+    """The report on a folder of results: a list of blocks of Markdown, without missing figures."""
+    runs = read_runs(output)
+    summary = plot.read_summary(output, runs)
+    if not summary["models"]:
+        raise SystemExit(f"{output}/summary.json lists no model: train one first.")
+    lines = summary["grid"] + summary["dropout"] + summary["transfer"]
+    runs = {name: runs[name] for name in sorted({line["run"] for line in lines})}
+    best = best_models(summary["models"])
+    parts = ["# How well can a small CNN learn a few thousand photos?"]
+    parts.append(photos(runs[summary["models"][0]["runs"][0]]))
+    if "scratch" in best:
+        parts.append(architectures(runs[best["scratch"]["runs"][0]]))
+    if summary["choices"] or summary.get("failed"):
+        parts.append(grid(summary, runs))
+    if "scratch" in best:
+        parts.append(scratch(summary))
+        parts.append(errors(best["scratch"], output, "Where it errs: from scratch"))
+    if "finetune" in best:
+        parts.append(transfer(summary, runs))
+        parts.append(errors(best["finetune"], output, "Where it errs: fine-tuned"))
+    parts.append(conclusion(summary, runs, best))
+    blocks = []
+    # A blank line ends a block, but not within a function, where indented code follows.
+    for block in re.split(r"\n\n+(?! )", "\n\n".join(part for part in parts if part)):
+        figure = re.fullmatch(r"!\[(.*)\]\(<(.*)>\)", block)
+        if figure is None:
+            blocks.append(block)
+        elif (output / figure[2]).exists():
+            blocks += [block, f"*{figure[1]}*"]
+    return blocks
+
+
+# ---------------------------------------------------------------------------------------------
+# The page setter: title, headings, text, tables, pictures and code on A4
+
+PAGE, MARGIN = (8.27, 11.69), 0.75  # inches
+WIDTH = PAGE[0] - 2 * MARGIN
+# How a block begins: the inches that must be left for it on a page, its look (size in points).
+LOOKS = {
+    "# ": (0.0, {"size": 18, "weight": "bold"}),
+    "## ": (2.0, {"size": 13, "weight": "bold"}),
+    "![": (0.0, {}),
+    "| ": (1.2, {"size": 7, "family": "DejaVu Sans Mono"}),
+    "```": (0.6, {"size": 7, "family": "DejaVu Sans Mono"}),
+    "*": (0.0, {"size": 8, "style": "italic"}),
+    "": (1.2, {"size": 9.5}),
+}
+
+
+def set_pages(blocks, folder, file):
+    """Write the blocks of write_report(folder) as a PDF to an open binary file."""
+    pages, y = [], 0.0  # y: inches above the bottom edge of the last page
+    for block in blocks:
+        start = next(start for start in LOOKS if block.startswith(start))
+        room, look = LOOKS[start]
+        if start == "![":
+            picture = Image.open(folder / re.search("<(.*)>", block)[1]).convert("RGB")
+            width = min(WIDTH, 6 * picture.width / picture.height)  # at most 6 inches high
+            height = width * picture.height / picture.width
+            lines, room = [picture], height + 0.6  # with its caption
+        elif start == "| ":  # as large as fits; a letter of this font is 0.602 of its size wide
+            lines = [line[2:-2].replace(" | ", "   ") for line in block.split("\n")]
+            look = {**look, "size": min(7, 72 * WIDTH / 0.602 / len(lines[0]))}
+        elif start == "```":
+            lines = block.split("\n")[1:-1]
+        else:  # a letter is about 0.55 of its size wide; a line of wide ones goes into the margin
+            letters = int(72 * WIDTH / 0.55 / look["size"])
+            lines = textwrap.wrap(block.removeprefix(start).removesuffix("*"), letters)
+        if start != "![":
+            height = 1.4 * look["size"] / 72
+        for line in lines:
+            if y - max(room, height) < MARGIN:
+                pages.append(Figure(figsize=PAGE, layout="none"))
+                y = PAGE[1] - MARGIN
+            room, y = 0.0, y - height
+            if start == "![":
+                box = (PAGE[0] - width) / 2, y, width, height
+                axes = pages[-1].add_axes(np.divide(box, PAGE * 2))
+                axes.imshow(picture, aspect="auto", interpolation="none")
+                axes.axis("off")
+            else:
+                pages[-1].text(MARGIN / PAGE[0], y / PAGE[1], line, **look)
+        y -= 0.14
+    with PdfPages(file, metadata={"Title": blocks[0][2:], "CreationDate": None}) as pdf:
+        for number, page in enumerate(pages, 1):
+            page.text(0.5, 0.4 / PAGE[1], number, size=8, ha="center")
+            pdf.savefig(page)
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("--output", default="results", metavar="DIR", help="folder of results")
+    output = Path(parser.parse_args(argv).output)
+    blocks = write_report(output)
+    with atomic_file(output / "report.md") as file:
+        file.write("\n\n".join(blocks).encode() + b"\n")
+    with atomic_file(output / "report.pdf") as file:
+        set_pages(blocks, output, file)
+    print(f"{output}/report.md, {output}/report.pdf")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,41 +1,36 @@
 """Does it stay fast and small when the data grows? Food-11's number of photos, times 1, 10, 100.
 
     python benchmarks/growth.py                                 on made-up photos
-    python benchmarks/growth.py --data food11 --factors 1 10    on your training photos, linked
+    python benchmarks/growth.py --data food11 --factors 1 10    on your photos, linked
 
-The photos of train/ are linked (not copied) under new names as often as the factor says. Each
-line is a fresh process: decoding them all, finding them again, then training steps from scratch.
-The last two lines fine-tune MobileNetV2 on the original number of photos for two epochs, once with
-the features of its frozen part in memory and once with a budget too small for them.
+All photos are linked, not copied. A line is a fresh process: decode the training photos, find them
+again, train two epochs; the last two fine-tune with and without kept features. For Linux (/proc).
 """
 
-import json
-import os
-import subprocess
 import sys
 import time
-from contextlib import redirect_stdout
-from io import StringIO
-from itertools import chain, islice, repeat
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import runs
+from common import Parser, number, read_runs
 
-BATCH_SIZE = 64
+import data
+import finetune
+import train_scratch
+from tools.prepare import draw_demo
 
 
 def link_photos(source, target, factor):
-    """Make `target` a data folder with `factor` links to each training photo of `source`."""
-    for split in runs.SPLITS:
-        copies = factor if split == "train" else 1
-        for photo in Path(source, split).glob("*/*.*"):
-            folder = Path(target, split, photo.parent.name)
-            folder.mkdir(parents=True, exist_ok=True)
-            for copy in range(copies):
-                os.link(photo, folder / f"{copy}-{photo.name}")
+    """Make `target` a data folder with `factor` links to each photo of the data folder `source`."""
+    for photo in Path(source).glob("*/*/*"):
+        folder = Path(target, *photo.parts[-3:-1])
+        folder.mkdir(parents=True, exist_ok=True)
+        for copy in range(factor):
+            (folder / f"{copy}-{photo.name}").symlink_to(photo.resolve())
 
 
 def memory():
@@ -44,111 +39,62 @@ def memory():
     return int(lines["RssAnon"].split()[0]) / 1024
 
 
-def grow(directory, cache, image_size, steps, device):
-    """Decode, load again, train `steps` steps -> numbers for one line of the table."""
-    import torch.nn.functional as F
-
-    import data
-    import models
-    import optimizers
-    import train_scratch
-
-    device, begin = train_scratch.pick_device(device), time.perf_counter()
-    data.load_split(directory, "train", image_size, cache)
+def grow(directory, place, flags, image_size):
+    """Decode, find again, train two epochs -> a line of text."""
+    start = time.perf_counter()
+    data.load_split(directory, "train", image_size, place)
     decoded = time.perf_counter()
-    train = data.load_split(directory, "train", image_size, cache)
-    found = time.perf_counter()
-    train_scratch.reuse_memory()
-    model = models.PlainCNN(len(train.classes))
-    model.to(device, memory_format=train_scratch.MEMORY_FORMAT)
-    config = {"learning_rate": 0.02, "weight_decay": 0.3, "optimizer": "muon"}
-    every = optimizers.build_optimizers(model, config)
-    context, seconds = train_scratch.autocast(device, "auto"), []
-    loader = data.Loader(train, BATCH_SIZE, device, runs.SCRATCH_AUGMENTATION)
-    for images, labels in islice(chain.from_iterable(repeat(loader)), steps):
-        with context:
-            logits = model(images.contiguous(memory_format=train_scratch.MEMORY_FORMAT)).float()
-        model.zero_grad()
-        F.cross_entropy(logits, labels).backward()
-        for optimizer in every:
-            optimizer.step()
-        seconds.append(time.perf_counter())
-    half = len(seconds) // 2  # the first half warms up
-    return {
-        "photos": len(train.labels),
-        "decode_milliseconds": 1000 * (decoded - begin) / len(train.labels),
-        "find_seconds": found - decoded,
-        "step_milliseconds": 1000 * (seconds[-1] - seconds[half]) / (len(seconds) - 1 - half),
-        "map_mebibytes": train.images.nbytes / 2**20,
-        "memory_mebibytes": memory(),
-    }
+    train = data.load_split(directory, "train", image_size, place)
+    found, photos = time.perf_counter(), len(train.labels)
+    train_scratch.main([*flags, "--image-size", str(image_size), "--epochs", "2"])
+    [run] = read_runs(place).values()
+    step = run["history"][1]["seconds"] / (photos / run["config"]["batch_size"])
+    return (
+        f"{photos:,} photos: decode {1000 * (decoded - start) / photos:.2f} ms a photo, find again "
+        f"{found - decoded:.2f} s, training step {1000 * step:.0f} ms, map on disk "
+        f"{train.images.nbytes / 2**20:,.0f} MiB, memory {memory():,.0f} MiB"
+    )
 
 
-def tune(directory, cache, weights, budget, device):
-    """Two epochs of FC-only fine-tuning with a budget for the features, GiB -> dict."""
-    import finetune
-
-    begin = time.perf_counter()
-    with TemporaryDirectory() as output, redirect_stdout(StringIO()) as printed:
-        finetune.main(["--data", directory, "--cache", cache, "--output", output, "--weights",
-                       weights, "--epochs", "2", "--views", "2", "--device", device,
-                       "--image-size", "224", "--feature-memory", str(budget)])  # fmt: skip
-        [run] = runs.read_runs(output).values()
-    return {
-        "seconds": time.perf_counter() - begin,
-        "fallback": "runs in every step" in printed.getvalue(),
-        "accuracy": run["best"]["validation_accuracy"],
-        "memory_mebibytes": memory(),
-    }
+def tune(directory, place, flags, budget):
+    """Two epochs of FC-only fine-tuning with `budget` GiB for features -> a line of text."""
+    finetune.main([*flags, "--epochs", "2", "--image-size", "224", "--feature-memory", str(budget)])
+    [run] = read_runs(place).values()
+    return (
+        f"fine-tuning with {budget} GiB for features: {run['seconds']:.1f} s, memory "
+        f"{memory():,.0f} MiB, validation {run['best']['validation_accuracy']:.1%}"
+    )
 
 
-def alone(function, *arguments):
-    """What one of the functions above returns in a fresh process."""
-    command = [sys.executable, __file__, "--child", json.dumps([function.__name__, *arguments])]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise SystemExit(result.stderr.strip().splitlines()[-1])
-    return json.loads(result.stdout.splitlines()[-1])
+def print_alone(function, directory, place, flags, value):
+    """Print what grow() or tune() returns in a fresh process; the runs print their own lines."""
+    flags = ["--data", directory, "--cache", place, "--output", place, *flags]
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        print(pool.submit(function, directory, place, flags, value).result(), flush=True)
 
 
-def main():
-    if sys.argv[1:2] == ["--child"]:
-        name, *arguments = json.loads(sys.argv[2])
-        return print(json.dumps(globals()[name](*arguments)))
-    count, parser = runs.number(int, 1), runs.Parser(__doc__)
-    flag = parser.add_argument
+def main(argv=None):
+    parser = Parser(__doc__)
+    flag, count = parser.add_argument, number(int, 1)
     flag("--data", metavar="DIR", help="folder of photos; without it photos are made up")
     flag("--factors", type=count, nargs="+", default=[1, 10, 100], help="how often each photo")
     flag("--image-size", type=count, default=64, help="of the network trained from scratch")
-    flag("--steps", type=runs.number(int, 4), default=60, help="training steps, the first half "
-         "to warm up")  # fmt: skip
     flag("--weights", default="none", help="of MobileNetV2; a name, a file or none")
     flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
-    arguments = parser.parse_args()
-    with TemporaryDirectory(prefix="growth-", dir=".") as places:
-        source = arguments.data or f"{places}/photos"
+    arguments = parser.parse_args(argv)
+    with TemporaryDirectory(prefix="growth-", dir=".") as folder:
+        source, flags = arguments.data or f"{folder}/photos", ["--device", arguments.device]
         if not arguments.data:
-            from tools import demo
-
-            demo.draw_demo(Path(source), {"train": 200, "validation": 25, "test": 25}, size=256)
-        print("photos   decode      find again   training step   map on disk   memory")
+            draw_demo(Path(source), {"train": 200, "validation": 25, "test": 25}, size=256)
+        data.list_photos(source)  # exits with one line if it is no data folder
         for factor in arguments.factors:
-            directory, cache = f"{places}/{factor}", f"{places}/cache-{factor}"
+            directory, place = f"{folder}/{factor}", f"{folder}/grown-{factor}"
             link_photos(source, directory, factor)
-            row = alone(grow, directory, cache, arguments.image_size, arguments.steps,
-                        arguments.device)  # fmt: skip
-            print("{photos:<9,}{decode_milliseconds:.2f} ms{find_seconds:12.2f} s"
-                  "{step_milliseconds:13.0f} ms{map_mebibytes:12,.0f} MiB"
-                  "{memory_mebibytes:9,.0f} MiB".format(**row), flush=True)  # fmt: skip
-        for budget in (4.0, 0.0):
-            row = alone(tune, source, f"{places}/cache", arguments.weights, budget,
-                        arguments.device)  # fmt: skip
-            how = "too small, no features kept" if row["fallback"] else "enough, features kept"
-            print(
-                f"fine-tuning, 2 epochs, budget {budget:g} GiB ({how}): {row['seconds']:.1f} s, "
-                f"{row['memory_mebibytes']:,.0f} MiB, validation {row['accuracy']:.1%}"
-            )
+            print_alone(grow, directory, place, flags, arguments.image_size)
+        for budget in (4, 0):
+            tuning = [*flags, "--weights", arguments.weights]
+            print_alone(tune, source, f"{folder}/tuned-{budget}", tuning, budget)
 
 
 if __name__ == "__main__":
-    runs.run_main(main)
+    main()

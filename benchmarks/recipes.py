@@ -13,24 +13,21 @@ Finished runs are kept in --output and not trained again.
 import sys
 from functools import partial
 from pathlib import Path
-from unittest import mock
-
-import numpy as np
-import torch.nn.functional as F
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import Parser, add_place_flags, number, write_json
+
+import torch.nn.functional as F
+from torch import nn
+
 import evaluate
 import models
-import optimizers
-import runs
-import summary
 import train_scratch
 
 PUBLISHED = """--optimizer adamw --weight-decay 0 --learning-rate 0.0001 --warmup-epochs 0
---batch-size 32 --dropout 0.5 --label-smoothing 0 --cutmix 0 --crop-scale 1 --jitter 0
---rotation 20 --flip 0.5"""
+--schedule constant --batch-size 32 --dropout 0.5 --label-smoothing 0 --cutmix 0 --crop-scale 1
+--jitter 0 --rotation 20 --flip 0.5"""
 
 
 class PublishedCNN(models.PlainCNN):
@@ -51,85 +48,78 @@ class PublishedCNN(models.PlainCNN):
 
 
 def train(recipe, seed, arguments):
-    """Train and evaluate one run of a recipe; return its name."""
+    """Train one run of a recipe, measure it on validation and test; return its name."""
     name = f"{recipe}-{arguments.image_size}-seed{seed}"
-    place = ["--data", arguments.data, "--output", arguments.output, "--cache", arguments.cache,
-             "--device", arguments.device]  # fmt: skip
+    place = ["--data", arguments.data, "--output", arguments.output]
+    place += ["--cache", arguments.cache, "--device", arguments.device]
     flags = ["--model", recipe, "--name", name, "--seed", str(seed)]
     flags += ["--image-size", str(arguments.image_size), "--epochs", str(arguments.epochs)]
-    factor = optimizers.learning_rate_factor
-    if recipe == "published":
-        flags, factor = flags + PUBLISHED.split(), lambda *_: 1.0
-    else:
-        flags += ["--learning-rate", str(arguments.learning_rate)]
-        flags += ["--batch-size", str(arguments.batch_size)]
-    with mock.patch.object(optimizers, "learning_rate_factor", factor):
-        train_scratch.main(place + flags)
+    chosen = f"--learning-rate {arguments.learning_rate} --batch-size {arguments.batch_size}"
+    recipe_flags = PUBLISHED if recipe == "published" else chosen
+    train_scratch.main([*place, *flags, *recipe_flags.split()])
     for split in ("validation", "test"):
         evaluate.main([*place, "--run", name, "--split", split])
     return name
 
 
-def right(names, split, output):
-    """Whether each photo was classified right by each run: float [runs, photos]."""
-    evaluations = [summary.read_evaluation(output, name, split) for name in names]
-    return np.array([
-        [p["label"] == p["predicted"] for p in evaluation["predictions"]]
-        for evaluation in evaluations
-    ], dtype=float)  # fmt: skip
+def compare(names, photos, splits, output):
+    """Print and return a dict for each recipe; names: recipe -> names of its runs, by seed."""
+    rows, first = [], None
+    for recipe, trained in names.items():
+        tables = [
+            {
+                f"{split}/{file}": right
+                for split in splits
+                for file, right in evaluate.right_photos(output, name, split).items()
+            }
+            for name in trained
+        ]
+        right = evaluate.stack_photos(tables)  # bool [seeds, photos]
+        first = right if first is None else first
+        difference, accuracy = evaluate.paired_difference(right, first), float(right.mean())
+        row = {
+            "recipe": recipe,
+            "photos": photos,
+            "accuracy": accuracy,
+            "interval_95": list(evaluate.wilson_interval(accuracy, right.shape[1])),
+            "by_seed": right.mean(1).tolist(),
+            "spread": evaluate.spread(right.mean(1)),
+            "difference": difference["difference"],  # to the first recipe
+            "difference_interval_95": difference["interval_95"],
+        }
+        rows.append(row)
+        low, high = difference["interval_95"]
+        print(
+            f"{recipe:10} {right.shape[1]:6} photos, {photos:10}  {accuracy:.1%}  difference to "
+            f"the first {100 * row['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        )
+    return rows
 
 
-def main():
-    parser = runs.Parser(__doc__)
-    runs.add_place_flags(parser)
+def main(argv=None):
+    parser = Parser(__doc__)
+    add_place_flags(parser)
     parser.set_defaults(output="results/recipes")
-    models.SCRATCH["published"] = PublishedCNN
-    flag = parser.add_argument
-    flag("--recipes", nargs="+", choices=tuple(models.SCRATCH), default=["published", "plain"],
-         help="what to compare; the differences are to the first")  # fmt: skip
-    flag("--seeds", type=runs.number(int, 0), nargs="+", default=[0, 1, 2], help="one run each")
-    flag("--image-size", type=runs.number(int, 32, 2048), default=96)
-    flag("--epochs", type=runs.number(int, 1), default=50)
-    flag("--learning-rate", type=runs.number(float, 0), default=0.02, help="not of published")
-    flag("--batch-size", type=runs.number(int, 1), default=64, help="not of published")
-    arguments = parser.parse_args()
+    flag, recipes = parser.add_argument, ("published", *models.SCRATCH)
+    flag("--recipes", nargs="+", choices=recipes, default=["published", "plain"], help="compared")
+    flag("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2], help="one run each")
+    flag("--image-size", type=number(int, 32, 2048), default=96, help="side of photos, pixels")
+    flag("--epochs", type=number(int, 1), default=50, help="of every run")
+    flag("--learning-rate", type=number(float, 0), default=0.02, help="not of published")
+    flag("--batch-size", type=number(int, 1), default=64, help="not of published")
+    arguments = parser.parse_args(argv)
     models.SCRATCH["published"] = partial(PublishedCNN, image_size=arguments.image_size)
     names = {recipe: [] for recipe in arguments.recipes}
-    for seed in arguments.seeds:  # in turns, so that an interrupted comparison is still one
+    for seed in arguments.seeds:  # in turns: interrupted, it has the same seeds of all
         for recipe, trained in names.items():
             trained.append(train(recipe, seed, arguments))
-    lines = []
-    for photos in ("validation", "test", "both"):
-        splits = ("validation", "test") if photos == "both" else (photos,)
-        hits = {
-            recipe: np.concatenate([right(trained, s, arguments.output) for s in splits], axis=1)
-            for recipe, trained in names.items()
-        }
-        for recipe, table in hits.items():
-            total, by_seed = table.shape[1], table.mean(1).tolist()
-            low, high = runs.wilson_interval(table.mean(), total)
-            line = {"recipe": recipe, "photos": photos, "accuracy": float(table.mean()),
-                    "interval_95": [low, high], "by_seed": by_seed,
-                    "spread": summary.spread(by_seed)}  # fmt: skip
-            text = f"{recipe:10} {photos:10} {total:5} photos  {table.mean():.1%} "
-            text += f"[{low:.1%}, {high:.1%}]  seeds {' '.join(f'{a:.1%}' for a in by_seed)}"
-            if recipe != arguments.recipes[0]:
-                apart = table - hits[arguments.recipes[0]]
-                # Other photos would differ, and so would other seeds.
-                variance = apart.mean(0).var(ddof=1) / total
-                if len(apart) > 1:
-                    variance += apart.mean(1).var(ddof=1) / len(apart)
-                half = 1.959964 * variance**0.5
-                line |= {"difference": float(apart.mean()), "difference_interval_95":
-                         [float(apart.mean() - half), float(apart.mean() + half)]}  # fmt: skip
-                text += f"  difference to {arguments.recipes[0]} {100 * apart.mean():+.1f} "
-                text += f"[{100 * (apart.mean() - half):+.1f}, {100 * (apart.mean() + half):+.1f}]"
-            lines.append(line)
-            print(text)
-    about = {"arguments": vars(arguments), "rows": lines}
+    places = {"validation": ["validation"], "test": ["test"], "both": ["validation", "test"]}
+    rows = []
+    for photos, splits in places.items():
+        rows += compare(names, photos, splits, arguments.output)
     file = f"recipes-{arguments.image_size}-{'-'.join(names)}.json"
-    runs.write_json(Path(arguments.output, file), about)
+    write_json(Path(arguments.output, file), {"arguments": vars(arguments), "rows": rows})
 
 
 if __name__ == "__main__":
-    runs.run_main(main)
+    main()

@@ -4,9 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from common import read_json
 
-import runs
+import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -21,26 +21,37 @@ def run(script, *flags):
 def test_recipes_are_trained_evaluated_and_compared(photos):
     flags = ["--data", str(photos), "--image-size", "32", "--epochs", "1", "--seeds", "0", "1"]
     printed = run("recipes.py", *flags, "--recipes", "published", "plain", "--output", "out")
-    rows = runs.read_json("out/recipes-32-published-plain.json", "rows")["rows"]
+    rows = read_json("out/recipes-32-published-plain.json", "rows")["rows"]
     assert [row["photos"] for row in rows] == ["validation"] * 2 + ["test"] * 2 + ["both"] * 2
     published, plain = (row["by_seed"] for row in rows[-2:])
     difference = sum(plain) / 2 - sum(published) / 2
     assert rows[-1]["difference"] == pytest.approx(difference)
     low, high = rows[-1]["difference_interval_95"]
     assert low <= difference <= high
-    assert printed.count("seeds") == 6
+    assert rows[-2]["difference"] == 0
+    assert printed.count("difference to the first") == 6
+    config = read_json("out/runs/published-32-seed1.json", "config")["config"]
+    assert config["schedule"] == "constant" and config["batch_size"] == 32
 
 
 def test_growth_prints_a_line_for_each_size_and_falls_back(photos):
-    flags = ["--data", str(photos), "--factors", "1", "3", "--image-size", "32", "--steps", "4"]
-    lines = run("growth.py", *flags).splitlines()
-    assert [line.split()[0] for line in lines[1:3]] == ["42", "126"]
-    assert "enough, features kept" in lines[3] and "too small, no features kept" in lines[4]
+    before = sorted(photos.rglob("*"))
+    printed = run("growth.py", "--data", str(photos), "--factors", "1", "3", "--image-size", "32")
+    lines = [line for line in printed.splitlines() if " MiB" in line]
+    assert [line.split()[0] for line in lines[:2]] == ["42", "126"]
+    assert "with 4 GiB" in lines[2] and "with 0 GiB" in lines[3]
+    assert printed.count("the frozen part runs in every step") == 1
+    assert sorted(photos.rglob("*")) == before and not list(Path().iterdir())
 
 
 def test_speed_measures_both_loops(photos):
-    flags = ["--data", str(photos), "--rows", "scratch", "--rounds", "1", "--epochs", "1"]
-    run("speed.py", *flags, "--output", "speed.json")
-    [row] = runs.read_json("speed.json", "rows")["rows"]
-    assert len(row["ratios"]) == 1 and row["ratios"][0] > 0
-    assert row["ours"][0]["measured"] == row["standard"][0]["measured"] == 1
+    flags = ["--data", str(photos), "--rows", "scratch-64", "fc", "--rounds", "1", "--epochs", "1"]
+    printed = run("speed.py", *flags, "--weights", "none", "--output", "speed.json")
+    for row in read_json("speed.json", "rows")["rows"]:
+        for side in ("standard", "ours"):
+            [result] = row[side]
+            [seconds] = result["epochs"]
+            assert result["seconds"] == pytest.approx(result["other_seconds"] + seconds)
+            assert result["images_per_second"] == pytest.approx(42 / seconds)
+    assert printed.count("start to end of the process") == 2
+    assert printed.count("share of those products") == 1

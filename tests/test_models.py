@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-import runs
 
 
 def leaves(model, kind):
@@ -46,7 +45,7 @@ def test_residual_path_adds_the_pooled_input_and_nothing_else():
     assert not torch.allclose(plain(images), residual(images))
 
 
-@pytest.mark.parametrize("name", runs.BACKBONES)
+@pytest.mark.parametrize("name", models.BACKBONES)
 @pytest.mark.parametrize("count", [0, 2])
 def test_only_the_last_layers_are_trained(name, count):
     model = models.build_backbone(name, 7, "none", count)
@@ -61,14 +60,14 @@ def test_only_the_last_layers_are_trained(name, count):
     assert model(torch.rand(2, 3, 64, 64)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", runs.BACKBONES)
+@pytest.mark.parametrize("name", models.BACKBONES)
 def test_the_sequence_of_blocks_computes_what_torchvision_computes(name):
     network = models.load_torchvision(name, "none").eval()
     torch.manual_seed(0)
-    weights = {k: torch.rand_like(v) / 9 if v.is_floating_point() else v
-               for k, v in network.state_dict().items()}  # fmt: skip
-    network.load_state_dict(weights)
-    torch.save(weights, "weights.pth")
+    for tensor in network.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0, 0.1)
+    torch.save(network.state_dict(), "weights.pth")
     model = models.build_backbone(name, 1000, "weights.pth").eval()
     last = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
     model[-1].load_state_dict(last.state_dict())
@@ -76,7 +75,7 @@ def test_the_sequence_of_blocks_computes_what_torchvision_computes(name):
     torch.testing.assert_close(model(images), network(images))
 
 
-@pytest.mark.parametrize("name", runs.BACKBONES)
+@pytest.mark.parametrize("name", models.BACKBONES)
 def test_folding_batch_norm_changes_nothing_but_rounding(name):
     torch.manual_seed(0)
     model = models.build_backbone(name, 5, "none")
@@ -104,10 +103,8 @@ def test_frozen_state_leaves_out_exactly_what_is_trained():
     missing = model.state_dict().keys() - models.frozen_state(model).keys()
     tensors = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
     head = len(model) - 1
-    assert missing == {"18.0.weight", *(f"18.1.{t}" for t in tensors)} | {
-        f"{head}.weight",
-        f"{head}.bias",
-    }
+    trained = {"18.0.weight", *(f"18.1.{tensor}" for tensor in tensors)}
+    assert missing == trained | {f"{head}.weight", f"{head}.bias"}
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut off"])
@@ -117,3 +114,18 @@ def test_a_broken_weights_file_is_one_clear_line(content, tmp_path):
         models.build_backbone("mobilenet_v2", 5, str(tmp_path / "broken.pth"))
     with pytest.raises(SystemExit, match="neither a file nor one of"):
         models.build_backbone("mobilenet_v2", 5, "IMAGENET")
+
+
+def test_the_layer_table_says_what_is_in_a_network(capsys):
+    models.main(["residual", "mobilenet_v2", "--weights", "none", "--image-size", "64"])
+    scratch, backbone = capsys.readouterr().out.split("mobilenet_v2, 64 x 64 px")
+    assert scratch.count("Conv2d") == 5 and scratch.count("Linear") == 2
+    assert "5 convolutions, 2 linear layers" in scratch and "frozen" not in scratch
+    assert backbone.count("Conv2d") == 52 and backbone.count("Conv2d") - 2 == sum(
+        "Conv2d" in line and "frozen" in line for line in backbone.splitlines()
+    )
+
+
+def test_more_convolutions_than_there_are_is_one_clear_line():
+    with pytest.raises(SystemExit, match="shufflenet_v2_x1_0 has only"):
+        models.build_backbone("shufflenet_v2_x1_0", 5, "none", 500)

@@ -1,53 +1,109 @@
-"""The report says what the numbers say, and no more."""
+"""The report says what the results say, and no more; its PDF has pages for all of it."""
+
+import json
+import shutil
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
-import summary
-from tools import typeset
+from tools import report
 
-
-def study(difference, p_value):
-    half = 0.05
-    return {"comparisons": [{
-        "a": "plain CNN", "b": "residual CNN", "difference": difference,
-        "interval_95": [difference - half, difference + half],
-        "p_value": p_value, "different": p_value < 0.05,
-    }]}  # fmt: skip
+REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
 
 
-def test_a_difference_within_chance_is_not_called_one():
-    sentence = summary.describe_pair(study(-0.018, 0.6), "residual CNN", "plain CNN")
+@pytest.fixture
+def study(tmp_path):
+    """A copy of the reference results without figures, and its summary to change."""
+    for folder in ("runs", "evaluations"):
+        shutil.copytree(REFERENCE / folder, tmp_path / folder)
+    return tmp_path, json.loads((REFERENCE / "summary.json").read_text())
+
+
+def write(study):
+    """Run the command on a study; return the report's words with single spaces between them."""
+    folder, summary = study
+    (folder / "summary.json").write_text(json.dumps(summary))
+    report.main(["--output", str(folder)])
+    return " ".join((folder / "report.md").read_text().split())
+
+
+def words_of(difference, half, p_value, **more):
+    line = {"a": "plain CNN", "b": "residual CNN", "difference": difference, "p_value": p_value}
+    line["interval_95"] = [difference - half, difference + half]
+    summary = {"comparisons": [{**line, "different": p_value < 0.05, **more}]}
+    return " ".join(report.describe_pair(summary, "residual CNN", "plain CNN").split())
+
+
+def test_only_a_difference_beyond_chance_is_called_one():
+    sentence = words_of(-0.018, 0.05, 0.6)
     assert "residual CNN is 1.8 points better than plain CNN" in sentence
-    assert "95% interval -3.2 to +6.8" in sentence and "can't tell them apart" in sentence
+    assert "95% interval -3.2 to +6.8, p = 0.6, exact McNemar test" in sentence
+    assert "can't tell them apart" in sentence
+    sentence = words_of(0.2, 0.05, 0.001, method="over photos and 3 seeds")
+    assert "20.0 points worse" in sentence and "plain CNN is the better one" in sentence
+    assert "over photos and 3 seeds" in sentence and "McNemar" not in sentence
 
 
-def test_a_difference_beyond_chance_names_the_better_one():
-    sentence = summary.describe_pair(study(-0.2, 0.001), "plain CNN", "residual CNN")
-    assert "20.0 points worse" in sentence and "residual CNN is the better one" in sentence
-    sentence = summary.describe_pair(study(0, 1), "plain CNN", "residual CNN")
-    assert "exactly as accurate as" in sentence and "can't tell them apart" in sentence
-    assert summary.describe_pair(study(0, 1), "plain CNN", "another") is None
+def test_equal_models_are_as_accurate_and_pairs_not_compared_are_not_mentioned():
+    assert "exactly as accurate as plain CNN (95% interval -5.0 to +5.0" in words_of(0, 0.05, 1)
+    assert words_of(0, 0, 1).endswith("is exactly as accurate as plain CNN.")
+    assert report.describe_pair({"comparisons": []}, "plain CNN", "another") == ""
 
 
-def test_lines_fit_the_page_and_lose_no_word():
-    text = "a study of " * 60 + "an" + "x" * 300
-    lines = typeset.wrap(text, 3.0, 9)
-    assert all(typeset.text_width(line, 9) <= 3.0 for line in lines)
-    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+def test_reference_study_keeps_its_numbers(study):
+    text = write(study)
+    for claim in (
+        "2,271 photos of 11 classes",
+        "By learning rate the mean best validation accuracy is 62.4% at 0.01, 62.4% at 0.02 and "
+        "64.2% at 0.04: 1.8 points apart, less than the 5.7",
+        "ice_cream and apple_pie (7 times)",
+        "the worst apple_pie (56% [37%, 73%])",
+        "Of 66 pairs of chosen models 50 differ",
+        "180 minutes of training in 37 runs",
+        "def orthogonalise(matrix)",
+    ):
+        assert claim in text
+    assert "Runs that failed" not in text and "![" not in text
 
 
-@pytest.mark.parametrize("rows", [3, 120])
-def test_a_pdf_has_all_pages_a_table_needs(tmp_path, rows):
-    table = [("class", "photos")] + [(f"class {n}", n) for n in range(rows)]
+def test_runs_of_no_part_in_the_study_are_not_counted_or_described(study):
+    folder, _ = study
+    other = json.loads((folder / "runs" / "plain-lr0.01-bs32-seed0.json").read_text())
+    other["data"]["counts"]["train"]["pizza"], other["name"] = 9999, "a"
+    (folder / "runs" / "a.json").write_text(json.dumps(other))
+    text = write(study)
+    assert "2,271 photos" in text and "180 minutes of training in 37 runs" in text
+
+
+def test_what_has_nothing_to_say_is_not_said_and_failures_are(study):
+    _, summary = study
+    grid = [line for line in summary["grid"] if line["run"].startswith("plain-lr0.04")]
+    grid[1]["validation_accuracy"] = None
+    grid[1]["epoch"] = None
+    summary["failed"] = [{"run": grid[1]["run"], "reason": "the loss is not finite"}]
+    summary["models"] = [row for row in summary["models"] if row["label"] == "plain CNN"]
+    summary.update(grid=grid, dropout=[], transfer=[], comparisons=[])
+    del summary["choices"]["residual"]
+    text = write(study)
+    assert "plain network reaches 64.4% on validation. Chosen:" in text
+    assert "| plain-lr0.04-bs64-seed0 | failed | the loss is not finite |" in text
+    for absent in ("points apart", "## Dropout", "Fine-tuning", "pairs of chosen", "McNemar"):
+        assert absent not in text
+
+
+@pytest.mark.parametrize("count", [3, 150])
+def test_pages_have_room_for_a_long_table_and_a_tall_figure(tmp_path, count):
+    Image.new("RGB", (100, 300)).save(tmp_path / "a b.png")
+    rows = [(f"a|{number}", number) for number in range(count)]
+    blocks = ["# Title", *report.table(("class", "photos"), rows, "Photos.").split("\n\n")]
+    assert "| a\\|1" in blocks[1]
     with open(tmp_path / "r.pdf", "wb") as file:
-        typeset.write_pdf([("title", "T"), ("table", table, "Photos.")], file, tmp_path)
+        report.set_pages([*blocks, "![Tall.](<a b.png>)"], tmp_path, file)
     pages = (tmp_path / "r.pdf").read_bytes().count(b"/Type /Page ")
-    assert pages == (1 if rows == 3 else 3)
+    assert pages == (1 if count == 3 else 3)
 
 
-def test_markdown_links_figures_from_its_own_folder(tmp_path):
-    blocks = [("figure", tmp_path / "figures" / "a b.png", "Curves."), ("table", [("a|b",)], "T.")]
-    with open(tmp_path / "r.md", "wb") as file:
-        typeset.write_markdown(blocks, file, tmp_path)
-    text = (tmp_path / "r.md").read_text()
-    assert "![Figure 1. Curves.](<figures/a b.png>)" in text and "a\\|b" in text
+def test_folder_without_a_summary_says_what_to_do(tmp_path):
+    with pytest.raises(SystemExit, match="evaluate.py --chosen"):
+        report.main(["--output", str(tmp_path)])

@@ -1,33 +1,45 @@
 """The loop learns, records what it did, and never repeats or loses finished work."""
 
-import json
-import math
-import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import common
 
 import pytest
 import torch
 
 import data
+import engine
 import evaluate
 import finetune
 import models
-import optimizers
-import runs
 import train_scratch
-from tools import run_queue
+from tests.helpers import TINY, default_signals, train
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-TINY = ["--image-size", "32", "--batch-size", "14", "--epochs", "6", "--device", "cpu"]
-TINY += ["--crop-scale", "0.6", "--cutmix", "0", "--precision", "float32"]
+FINETUNE = ["--image-size", "64", "--batch-size", "9", "--device", "cpu", "--weights", "none"]
+FINETUNE += ["--precision", "float32", "--learning-rate", "0.01", "--dropout", "0", "--views", "2"]
 
 
-def train(photos, *flags):
-    train_scratch.main(["--data", str(photos), *TINY, *flags])
-    return runs.read_runs("results")
+def without_seconds(run):
+    return [{**epoch, "seconds": None} for epoch in run["history"]]
+
+
+def state_of(name, output="results"):
+    return evaluate.load_model(output, name, CPU)[1]["state"]
+
+
+def assert_same_run(first, second):
+    """Both runs, by name in results/, are the same bit for bit but for the seconds."""
+    runs = common.read_runs("results")
+    assert without_seconds(runs[first]) == without_seconds(runs[second])
+    assert runs[first]["best"] == runs[second]["best"]
+    for key, tensor in state_of(first).items():
+        assert torch.equal(tensor, state_of(second)[key]), key
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -45,52 +57,46 @@ def test_the_json_has_what_it_promises(photos):
     assert run["config"]["batch_size"] == 14 and run["config"]["learning_rate"] == 0.02
     assert set(run["data"]) == {"fingerprint", "classes", "counts"}
     assert run["data"]["counts"]["test"] == {"blue": 5, "green": 5, "red": 5}
-    assert {"python", "torch", "torchvision", "device"} <= set(run["environment"])
+    assert {"python", "torch", "torchvision", "device", "threads"} == set(run["environment"])
     assert run["model"]["convolutions"] == 5 and run["model"]["linear_layers"] == 2
-    assert [entry["epoch"] for entry in run["history"]] == [1, 2, 3, 4, 5, 6]
-    assert set(run["history"][0]) == {
-        "epoch",
-        "learning_rate",
-        "train_loss",
-        "train_accuracy",
-        "validation_loss",
-        "validation_accuracy",
-        "seconds",
-    }
-    key = max((e["validation_accuracy"], -e["validation_loss"], e["epoch"]) for e in run["history"])
-    assert run["best"] == {
-        "epoch": key[2],
-        "validation_accuracy": key[0],
-        "validation_loss": -key[1],
-    }
+    assert [epoch["epoch"] for epoch in run["history"]] == [1, 2, 3, 4, 5, 6]
+    keys = {f"{split}_{what}" for split in ("train", "validation") for what in ("loss", "accuracy")}
+    assert set(run["history"][0]) == keys | {"epoch", "learning_rate", "seconds"}
+    best = max(run["history"], key=lambda e: (e["validation_accuracy"], -e["validation_loss"]))
+    assert run["best"].items() <= best.items()
     assert run["seconds"] > 0 and run["images_per_second"] > 0
 
 
 def test_the_checkpoint_is_the_best_epoch(photos):
     ((name, run),) = train(photos, "--epochs", "3").items()
-    model, checkpoint = evaluate.load_model("results", name, CPU)
-    split = data.load_split(photos, "validation", 32)
-    loss, accuracy = train_scratch.validate(
-        model, data.Loader(split, 256, CPU), train_scratch.autocast(CPU, "float32")
-    )
+    model, _ = evaluate.load_model("results", name, CPU)
+    loader = data.Loader(data.load_split(photos, "validation", 32), 64, CPU)
+    loss, accuracy = engine.validate(model, loader, engine.autocast(CPU, "float32"))
     assert accuracy == run["best"]["validation_accuracy"]
-    assert loss == pytest.approx(run["best"]["validation_loss"], abs=1e-5)
+    assert loss == pytest.approx(run["best"]["validation_loss"], rel=1e-4)
 
 
-def test_a_finished_run_is_skipped_unless_settings_or_photos_differ(photos, capsys):
-    train(photos, "--epochs", "1")
-    before = Path("results/runs").stat().st_mtime_ns
-    train(photos, "--epochs", "1")
-    assert "not run again" in capsys.readouterr().out
-    assert Path("results/runs").stat().st_mtime_ns == before
-    assert len(train(photos, "--epochs", "2")) == 2  # another name: nothing is overwritten
+def test_every_combination_of_values_is_a_run_and_none_is_trained_twice(photos, capsys):
+    flags = ["--epochs", "1", "--learning-rate", "0.01", "0.02", "--seed", "0", "1"]
+    assert len(train(photos, *flags, "--batch-size", "7", "14", "--dropout", "0", "0.5")) == 16
+    before = {path: path.stat().st_mtime_ns for path in Path("results/runs").iterdir()}
+    capsys.readouterr()
+    train(photos, *flags, "--batch-size", "14", "--dropout", "0")
+    assert capsys.readouterr().out.count("finished before") == 4
+    assert before == {path: path.stat().st_mtime_ns for path in Path("results/runs").iterdir()}
+    assert len(train(photos, "--epochs", "2")) == 17  # another name: nothing is overwritten
 
 
-def test_training_is_reproducible(photos):
-    train(photos, "--name", "a", "--epochs", "2")
-    runs_ = train(photos, "--name", "b", "--epochs", "2")
-    losses = [[entry["train_loss"] for entry in runs_[name]["history"]] for name in "ab"]
-    assert losses[0] == losses[1]
+def test_a_run_alone_and_among_others_is_the_same(photos):
+    train(photos, "--epochs", "2", "--seed", "0", "1")
+    train(photos, "--epochs", "2", "--seed", "1", "--name", "alone")
+    assert_same_run("alone", "plain-lr0.02-bs14-seed1-epochs2-" + common_suffix())
+
+
+def common_suffix():
+    """What TINY adds to a run's name."""
+    names = [name for name in common.read_runs("results") if "seed1" in name]
+    return names[0].partition("epochs2-")[2]
 
 
 def test_training_opens_no_photo_of_the_test_split(photos, monkeypatch):
@@ -103,19 +109,16 @@ def test_training_opens_no_photo_of_the_test_split(photos, monkeypatch):
 
 def test_the_best_of_the_grid_sets_learning_rate_and_batch_size(photos):
     train(photos, "--epochs", "1", "--learning-rate", "0.02")
-    content = json.loads(next(Path("results/runs").iterdir()).read_text())
-    content["config"] |= {"learning_rate": 0.5, "batch_size": 9}
-    content["best"]["validation_accuracy"] = 1.01
-    runs.write_json("results/runs/better.json", content)
+    [run] = common.read_runs("results").values()
+    run["config"] |= {"learning_rate": 0.5, "batch_size": 9}
+    run["best"]["validation_accuracy"] = 1.01
+    run["name"] = "better"
+    common.write_json("results/runs/better.json", run)
     train(photos, "--epochs", "1", "--best-of-grid", "--dropout", "0.3", "--name", "dropped")
-    config = runs.read_json("results/runs/dropped.json")["config"]
+    config = common.read_runs("results")["dropped"]["config"]
     assert (config["learning_rate"], config["batch_size"]) == (0.5, 9)
     with pytest.raises(SystemExit, match="no finished run"):
         train(photos, "--epochs", "7", "--best-of-grid")
-
-
-FINETUNE = ["--image-size", "64", "--batch-size", "9", "--device", "cpu", "--weights", "none"]
-FINETUNE += ["--precision", "float32", "--learning-rate", "0.01", "--dropout", "0", "--views", "2"]
 
 
 def lively_weights(backbone):
@@ -127,78 +130,69 @@ def lively_weights(backbone):
     return "lively.pth"
 
 
-@pytest.mark.parametrize("backbone", runs.BACKBONES)
+@pytest.mark.parametrize("backbone", models.BACKBONES)
 @pytest.mark.parametrize("count", ["0", "2"])
 def test_training_on_kept_features_equals_ordinary_training(photos, backbone, count):
     flags = ["--data", str(photos), "--backbone", backbone, "--unfreeze-convolutions", count]
     flags += [*FINETUNE, "--epochs", "3", "--weights", lively_weights(backbone)]
     finetune.main([*flags, "--name", "kept"])
     finetune.main([*flags, "--name", "ordinary", "--feature-memory", "0"])
-    results = runs.read_runs("results")
-    states = [evaluate.load_model("results", name, CPU)[1]["state"] for name in results]
-    for key, tensor in states[0].items():
-        torch.testing.assert_close(tensor, states[1][key], atol=2e-3, rtol=2e-3)
-    for ours, theirs in zip(*(run["history"] for run in results.values()), strict=True):
+    runs, ordinary = common.read_runs("results"), state_of("ordinary")
+    for key, tensor in state_of("kept").items():
+        torch.testing.assert_close(tensor, ordinary[key], atol=2e-3, rtol=2e-3)
+    for kept, other in zip(runs["kept"]["history"], runs["ordinary"]["history"], strict=True):
         for key in ("train_loss", "validation_loss"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-3)
-    assert all(run["frozen_unchanged"] is True for run in results.values())
+            assert kept[key] == pytest.approx(other[key], rel=1e-3)
+    assert all(run["frozen_unchanged"] is True for run in runs.values())
 
 
 @pytest.mark.parametrize("count", ["0", "3"])
-def test_fine_tuning_works_with_muon(photos, count):
+def test_fine_tuning_works_with_muon_and_several_values(photos, count):
     flags = ["--data", str(photos), *FINETUNE, "--epochs", "1", "--optimizer", "muon"]
+    flags += ["--learning-rate", "0.01", "0.02", "--seed", "0", "1"]
     finetune.main([*flags, "--unfreeze-convolutions", count])
-    assert len(runs.read_runs("results")) == 1
-
-
-def test_several_learning_rates_are_runs_of_their_own(photos):
-    flags = ["--data", str(photos), *FINETUNE, "--epochs", "1", "--learning-rate", "0.01", "0.02"]
-    finetune.main(flags)
-    rates = [run["config"]["learning_rate"] for run in runs.read_runs("results").values()]
-    assert sorted(rates) == [0.01, 0.02]
+    runs = common.read_runs("results").values()
+    settings = {(run["config"]["learning_rate"], run["config"]["seed"]) for run in runs}
+    assert settings == {(0.01, 0), (0.01, 1), (0.02, 0), (0.02, 1)}
 
 
 def test_cutmix_pastes_a_square_and_reports_its_share():
     images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 20, 20).clone()
-    labels, generator = torch.arange(4), torch.Generator().manual_seed(1)
-    mixed, other, share = train_scratch.cutmix(images, labels, 1.0, generator)
-    assert torch.equal(other, labels.roll(1))
-    kept = (mixed == labels[:, None, None, None]).float().mean((1, 2, 3))
+    share = engine.cutmix(images, 1.0, [0.5, 0.4, 0.3, 0.9])
+    own = torch.arange(4)[:, None, None, None]
+    kept = (images == own).float().mean((1, 2, 3))
     torch.testing.assert_close(kept, torch.full((4,), share))
-    assert set(mixed[0].unique().tolist()) == {0.0, 3.0}
+    assert set(images[0].unique().tolist()) == {0.0, 3.0}
+    assert engine.cutmix(images, 0.5, [0.5, 0.4, 0.3, 0.9]) == 1.0
 
 
 def test_muon_updates_are_nearly_orthogonal():
     torch.manual_seed(0)
-    for shape in ((16, 40), (40, 16)):
-        values = torch.linalg.svdvals(optimizers.orthogonalise(torch.randn(shape)))
+    for shape in ((16, 40), (40, 16), (16, 8, 3, 3)):
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        weight.grad = torch.randn(shape)
+        engine.Muon([weight], lr=1.0, weight_decay=0.0).step()
+        update = weight.detach().flatten(1)
+        values = torch.linalg.svdvals(update) / max(1, update.shape[0] / update.shape[1]) ** 0.5
         assert values.min() > 0.5 and values.max() < 1.4
 
 
-def test_adamw_takes_the_steps_of_torchs_class():
-    ours, theirs = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    theirs.load_state_dict(ours.state_dict())
-    config = {"optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.0}
-    [optimizer] = optimizers.build_optimizers(ours, config)
-    reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.0)
-    for inputs in torch.randn(3, 4, 3):
-        for model, one in ((ours, optimizer), (theirs, reference)):
-            model.zero_grad()
-            model(inputs).square().sum().backward()
-            one.step()
-    torch.testing.assert_close(ours.weight, theirs.weight)
-
-
 def test_the_learning_rate_rises_and_falls():
-    factors = [optimizers.learning_rate_factor(e, 10, 2) for e in (0, 1, 2, 6, 10)]
-    assert factors == [0, 0.5, 1, 0.5, 0]
+    def factors(schedule):
+        return [engine.learning_rate_factor(e, 10, 2, schedule) for e in (0, 1, 2, 6, 10)]
+
+    assert factors("linear") == [0, 0.5, 1, 0.5, 0]
+    assert factors("constant") == [0, 0.5, 1, 1, 1]
 
 
-def test_divergence_is_recorded_as_json_without_infinity(photos):
-    flags = ["--optimizer", "adamw", "--learning-rate", "1e12", "--epochs", "2"]
-    (run,) = train(photos, *flags).values()
-    assert run["history"][-1]["train_loss"] is None
-    assert math.isfinite(run["best"]["validation_accuracy"])
+def command(photos, *flags):
+    return [sys.executable, str(ROOT / "train_scratch.py"), "--data", str(photos), *TINY, *flags]
+
+
+def launch(photos, *flags):
+    return subprocess.Popen(
+        command(photos, *flags), stderr=subprocess.PIPE, text=True, preexec_fn=default_signals
+    )
 
 
 @pytest.mark.parametrize(
@@ -209,18 +203,25 @@ def test_divergence_is_recorded_as_json_without_infinity(photos):
         (["--dropout", "nan"], "not a number from 0 to 0.99"),
         (["--device", "cuda:99"], "--device cuda:99: not available here"),
         (["--data", "nowhere"], "nowhere: no such folder"),
+        (["--batch-size", "1"], "a larger --batch-size"),
+        (["--name", "../mine"], "is no name of a run"),
+        (["--name", "mine", "--seed", "0", "1"], "name one only"),
     ],
 )
-def test_a_wrong_flag_is_one_clear_line(photos, flags, message):
-    command = [sys.executable, str(ROOT / "train_scratch.py"), "--data", str(photos), *flags]
-    result = subprocess.run(command, capture_output=True, text=True)
+def test_bad_input_is_one_clear_line(photos, flags, message):
+    result = subprocess.run(command(photos, *flags), capture_output=True, text=True)
     assert result.returncode != 0 and message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+def files_in(output):
+    """Files that hold results; locks hold nothing."""
+    return sorted(p for p in Path(output).rglob("*") if p.is_file() and ".locks" not in p.parts)
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(photos):
     train(photos, "--epochs", "1")
-    before = sorted(path for path in Path("results").rglob("*") if path.is_file())
+    before = files_in("results")
     resource = pytest.importorskip("resource")  # a limit on file size stands in for a full disk
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -229,40 +230,151 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(photos):
             train(photos, "--epochs", "1", "--seed", "1")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert before == sorted(path for path in Path("results").rglob("*") if path.is_file())
+    assert before == files_in("results")
 
 
 def test_nothing_finished_is_overwritten(photos):
     train(photos, "--epochs", "1", "--name", "mine")
-    with pytest.raises(SystemExit, match="other settings or photos"):
+    with pytest.raises(SystemExit, match="other epochs"):
         train(photos, "--epochs", "2", "--name", "mine")
-    for name in ("../mine", "a/b", "x" * 300, ""):
-        with pytest.raises(SystemExit, match="is no name of a run"):
-            train(photos, "--epochs", "1", "--name", name)
-    assert len(runs.read_runs("results")["mine"]["history"]) == 1
+    assert len(common.read_runs("results")["mine"]["history"]) == 1
 
 
-def test_batches_of_one_photo_are_refused_in_one_line(photos):
-    command = [sys.executable, str(ROOT / "train_scratch.py"), "--data", str(photos), *TINY]
-    result = subprocess.run([*command, "--batch-size", "1"], capture_output=True, text=True)
-    assert result.returncode == 1 and "larger --batch-size" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+def test_a_gpu_without_memory_is_one_line_that_says_what_helps(photos, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB ...")
+
+    monkeypatch.setattr(engine, "train_one_epoch", full)
+    with pytest.raises(SystemExit, match="out of memory on cpu. Choose a smaller --batch-size"):
+        train(photos)
 
 
-def test_the_queue_runs_commands_and_stops_at_a_failure(photos):
-    common = f"--data {photos} --image-size 32 --epochs 1 --device cpu"
-    good = f"python train_scratch.py {common} --name good"
-    bad = "python train_scratch.py --data nowhere --name bad"
-    late = f"python train_scratch.py {common} --best-of-grid --name late"
-    for jobs in ("1", "2"):
-        result = subprocess.run(
-            [sys.executable, "-m", "tools.run_queue", "--jobs", jobs],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            input=f"{good}\n\n{bad}\n{late}\n",
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode != 0 and "nowhere: no such folder" in result.stderr
-        assert set(runs.read_runs("results")) == {"good"}
-    with pytest.raises(SystemExit, match="not a training command"):
-        run_queue.parse("rm -r x")
+def test_deterministic_training_runs(photos):
+    try:
+        (run,) = train(photos, "--epochs", "1", "--deterministic", "--cutmix", "1").values()
+        assert run["config"]["deterministic"] and torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# What was interrupted goes on
+
+
+class PowerCut(Exception):
+    pass
+
+
+def interrupted(monkeypatch, main, flags, epochs):
+    """Call main(flags), and end it once `epochs` epochs are done."""
+    validate, count = engine.validate, iter(range(epochs))
+
+    def cut(*arguments):
+        if next(count, None) is None:
+            raise PowerCut
+        return validate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "validate", cut)
+        with pytest.raises(PowerCut):
+            main(flags)
+
+
+@pytest.mark.parametrize("epochs", [1, 4, 5])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_an_interrupted_run_ends_bit_for_bit_where_it_would_have(
+    photos, monkeypatch, capsys, epochs, optimizer
+):
+    flags = ["--data", str(photos), *TINY, "--cutmix", "0.5", "--dropout", "0.3"]
+    flags += ["--optimizer", optimizer, "--learning-rate", "0.005"]
+    train_scratch.main([*flags, "--name", "whole"])
+    flags += ["--name", "cut", "--checkpoint-seconds", "0"]
+    interrupted(monkeypatch, train_scratch.main, flags, epochs)
+    train_scratch.main(flags)
+    assert f"goes on after epoch {epochs}" in capsys.readouterr().out
+    assert_same_run("whole", "cut")
+    assert not list(Path("results/checkpoints").glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("memory", ["0", "4"])
+def test_an_interrupted_fine_tuning_goes_on(photos, monkeypatch, memory):
+    flags = ["--data", str(photos), *FINETUNE, "--epochs", "5", "--unfreeze-convolutions", "2"]
+    flags += ["--backbone", "mobilenet_v3_small"]
+    flags += ["--threads", "1", "--dropout", "0.2", "--feature-memory", memory]
+    finetune.main([*flags, "--name", "whole"])
+    flags += ["--name", "cut", "--checkpoint-seconds", "0"]
+    interrupted(monkeypatch, finetune.main, flags, 3)
+    finetune.main(flags)
+    assert_same_run("whole", "cut")
+
+
+def test_an_interrupted_fine_tuning_goes_on_with_less_memory(photos, monkeypatch, capsys):
+    flags = ["--data", str(photos), *FINETUNE, "--epochs", "3", "--name", "cut"]
+    flags += ["--backbone", "mobilenet_v3_small", "--checkpoint-seconds", "0"]
+    interrupted(monkeypatch, finetune.main, flags, 1)
+    finetune.main([*flags, "--feature-memory", "0"])
+    assert "goes on after epoch 1" in capsys.readouterr().out
+
+
+def test_a_state_that_does_not_belong_or_is_damaged_is_not_used(photos, monkeypatch, capsys):
+    flags = ["--data", str(photos), *TINY, "--name", "cut", "--checkpoint-seconds", "0"]
+    interrupted(monkeypatch, train_scratch.main, flags, 2)
+    state = Path("results/checkpoints/cut.unfinished")
+    content = bytearray(state.read_bytes())
+    train_scratch.main([*flags, "--jitter", "0.1"])
+    assert "of other settings" in capsys.readouterr().out
+    Path("results/runs/cut.json").unlink()
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    train_scratch.main(flags)
+    assert "is damaged and not used" in capsys.readouterr().out
+    train(photos, "--name", "whole")
+    assert_same_run("whole", "cut")
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_process_loses_no_finished_epoch(photos, capsys, ending):
+    flags = ["--epochs", "4000", "--name", "long", "--checkpoint-seconds", "0"]
+    with launch(photos, *flags) as process:
+        state = Path("results/checkpoints/long.unfinished")
+        while not state.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(ending)
+        start = time.perf_counter()
+        _, printed = process.communicate(timeout=20)
+    assert time.perf_counter() - start < 2 and process.returncode != 0
+    lines = printed.strip().splitlines()
+    assert len(lines) == (0 if ending == signal.SIGKILL else 1)
+    assert engine.read_state(state, None) is None  # whole, but of another run
+    assert torch.load(__import__("io").BytesIO(state.read_bytes()[65:]), weights_only=True)[
+        "history"
+    ]
+
+
+def test_two_processes_share_the_runs_of_a_grid(photos):
+    flags = ["--epochs", "3", "--learning-rate", "0.01", "0.02", "0.04", "--seed", "0", "1"]
+    both = [
+        subprocess.Popen(command(photos, *flags), stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    printed = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert "".join(printed).count("best validation accuracy") == len(common.read_runs("results"))
+
+
+def test_a_diverged_run_ends_at_once_and_the_grid_goes_on(photos):
+    flags = ["--optimizer", "adamw", "--learning-rate", "1e30", "0.002", "--epochs", "3"]
+    lost, good = train(photos, *flags).values()
+    if "failed" in good:
+        lost, good = good, lost
+    assert lost["failed"] == "the loss is not finite in epoch 1, learning rate 1e+30"
+    assert lost["best"] is None and len(good["history"]) == 3
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.7, 1.1])
+def test_ctrl_c_while_torch_is_imported_is_one_line(photos, seconds):
+    with launch(photos) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, printed = process.communicate(timeout=20)
+    assert process.returncode != 0 and len(printed.strip().splitlines()) == 1, printed

@@ -101,9 +101,9 @@ run() {
   wait "$group" || { end_group; return 1; }
   group=
 }
-end_group() {  # after a second by force, which loses no more than a power failure
+end_group() {  # after half a second by force, which loses no more than a power failure
   kill -TERM -- "-$group"
-  for _ in {1..20}; do ! kill -0 -- "-$group" || sleep 0.05; done
+  for _ in {1..10}; do ! kill -0 -- "-$group" || sleep 0.05; done
   kill -KILL -- "-$group"
   wait "$group"
 } 2> /dev/null

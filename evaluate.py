@@ -235,8 +235,8 @@ def examples(labels, predicted, probabilities):
 
 def stamp_of(run, split):
     """What an evaluation is of: the digests of the weights and of the photos, one string."""
-    unknown = "0" * 64  # of a run of an earlier version
-    return run.get("checkpoint_sha256", unknown) + split.fingerprint
+    unknown = "0" * 64  # of a run of an earlier version, or of one that has failed
+    return (run.get("checkpoint_sha256") or unknown) + split.fingerprint
 
 
 def evaluate_run(name, split_name, arguments, device):

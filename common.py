@@ -110,11 +110,11 @@ def atomic_file(path):
 
 
 @contextlib.contextmanager
-def lock(path):
+def lock(path, wait=False):
     """Yield True while this process holds the lock `path`, False if another process has it.
 
-    The system frees a lock when its process ends, however it ends. Exits with one line if the
-    folder cannot be written.
+    With `wait` it waits for the other to end. The system frees a lock when its process ends,
+    however it ends. Exits with one line if the folder cannot be written.
     """
     path = Path(path)
     try:
@@ -124,7 +124,7 @@ def lock(path):
         raise SystemExit(f"{path.parent}: cannot be written ({error.strerror}).") from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
@@ -198,7 +198,7 @@ def show_uncaught(kind, error, traceback):
     """What Python prints when a script ends by an exception: one line for Ctrl-C."""
     if issubclass(kind, KeyboardInterrupt):
         if "STUDY_RUNS" not in os.environ:  # run_all.sh says it once for all that it started
-            print("\ninterrupted: start again to go on from the last stored epoch", file=sys.stderr)
+            print("\ninterrupted. Start again to go on from the last stored epoch", file=sys.stderr)
     elif issubclass(kind, BrokenPipeError):  # who read our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:

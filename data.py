@@ -9,14 +9,18 @@ import hashlib
 import io
 import math
 import os
+import shutil
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from common import atomic_file, cpu_count, read_json, write_json
+from common import cpu_count, lock, read_json, write_json
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -152,8 +156,8 @@ def load_split(directory, split, image_size, cache=".cache"):
     The map is found again by the files' names, sizes and times of change and by the image size.
     Its checksum is compared every time it is opened. The fingerprint is a hash of the files' names
     and contents, whatever the folder is called. Memory stays flat: the map is written 64 photos at
-    a time and read on demand. Exits with one line if a photo is unreadable or the cache cannot be
-    written.
+    a time and read on demand; interrupted, it goes on from there. Exits with one line if a photo is
+    unreadable, the disk too small or the cache cannot be written.
     """
     classes, files, _ignored = list_photos(directory)
     files, root = files[split], split_folder(directory, split)
@@ -167,11 +171,16 @@ def load_split(directory, split, image_size, cache=".cache"):
         times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
         key.update(os.fsencode(f"{name} {status.st_size} {times}\n"))
     map_file = Path(cache, f"{split}-{image_size}-{key.hexdigest()[:20]}.pixels")
-    labels = torch.tensor([classes.index(name.split("/")[0]) for name in files])
-    images, fingerprint = open_map(map_file, (len(files), 3, image_size, image_size))
+    number_of = {name: label for label, name in enumerate(classes)}
+    labels = torch.tensor([number_of[name.split("/")[0]] for name in files])
+    shape = (len(files), 3, image_size, image_size)
+    images, fingerprint = open_map(map_file, shape)
     if images is None:  # not there yet, or damaged
-        write_map(root, files, image_size, map_file)
-        images, fingerprint = open_map(map_file, (len(files), 3, image_size, image_size))
+        with lock(map_file.with_suffix(".lock"), wait=True):
+            images, fingerprint = open_map(map_file, shape)  # another process may have made it
+            if images is None:
+                write_map(root, files, image_size, map_file)
+                images, fingerprint = open_map(map_file, shape)
     if images is None:
         raise SystemExit(f"{map_file}: cannot be read. Choose another --cache.")
     return Split(images, labels, files, classes, fingerprint)
@@ -202,8 +211,13 @@ def checksum_pixels(images):
 
 
 def write_map(root, files, image_size, map_file):
-    """Decode files into a map, uint8 [N, 3, H, W] in order, and a .json that describes it."""
-    fingerprint, unreadable = hashlib.sha256(), []
+    """Decode files into a map, uint8 [N, 3, H, W] in order, and a .json that describes it.
+
+    What an interrupted call had decoded is used, as far as it is what was written.
+    """
+    photo_bytes = 3 * image_size**2
+    pixels_file, digests_file = map_file.with_suffix(".part"), map_file.with_suffix(".digests")
+    unreadable = []
 
     def read(name):
         try:
@@ -211,31 +225,102 @@ def write_map(root, files, image_size, map_file):
         except OSError as error:
             unreadable.append(f"{root / name} ({error})")
 
-    # Ordinary writes, not a map: a full disk is then an OSError and not a bus error.
-    with atomic_file(map_file) as file, ThreadPoolExecutor(cpu_count()) as pool:
-        for start in range(0, len(files), CHUNK):
-            chunk = files[start : start + CHUNK]
-            for name, result in zip(chunk, pool.map(read, chunk), strict=True):
-                if result is not None:
-                    pixels, digest = result
-                    file.write(pixels.tobytes())
-                    fingerprint.update(os.fsencode(name) + digest)
+    try:
+        digests = intact_photos(pixels_file, digests_file, photo_bytes)
+        begun, missing = len(digests), (len(files) - len(digests)) * photo_bytes
+        if missing > shutil.disk_usage(map_file.parent).free:
+            raise SystemExit(
+                f"{map_file.parent}: {missing / 2**30:.1f} GiB are needed for {root} at "
+                f"{image_size} px, more than is free. Choose another --cache or --image-size."
+            )
+        progress = Progress(f"{root} at {image_size} px", len(files) - begun)
+        # Ordinary writes, not a map: a full disk is then an OSError and not a bus error.
+        with (
+            open(pixels_file, "ab") as pixels,
+            open(digests_file, "ab") as written,
+            ThreadPoolExecutor(cpu_count()) as pool,
+        ):
+            for start in range(begun, len(files), CHUNK):
+                for photo in pool.map(read, files[start : start + CHUNK]):
+                    if not unreadable:
+                        pixels.write(photo[0].tobytes())
+                        digests.append(photo[1])
+                        written.write(photo[1] + check_of(photo[1], photo[0].tobytes()))
+                progress.show(min(start + CHUNK, len(files)) - begun)
+            pixels.flush()
+            os.fsync(pixels.fileno())
         if unreadable:
+            pixels_file.unlink()  # of no use: the photos must change
+            digests_file.unlink()
             raise SystemExit(
                 f"unreadable photo {unreadable[0]}, {len(unreadable)} in all: remove or replace "
                 f"what `python tools/prepare.py --data {root.parent}` lists"
             )
-    written = np.memmap(map_file, np.uint8, "r").reshape(len(files), -1)
-    description = {"fingerprint": fingerprint.hexdigest(), "pixels": checksum_pixels(written)}
+        os.replace(pixels_file, map_file)
+    except OSError as error:
+        raise SystemExit(
+            f"{map_file}: cannot be written ({error.strerror or error}). Free some space or choose "
+            "another --cache; what was decoded is kept."
+        ) from None
+    fingerprint = hashlib.sha256()
+    for name, digest in zip(files, digests, strict=True):
+        fingerprint.update(os.fsencode(name) + digest)
+    whole = np.memmap(map_file, np.uint8, "r").reshape(len(files), -1)
+    description = {"fingerprint": fingerprint.hexdigest(), "pixels": checksum_pixels(whole)}
     write_json(map_file.with_suffix(".json"), description)
+    digests_file.unlink()
+
+
+def check_of(digest, pixels):
+    """What tells whether a photo of an unfinished map and its digest are as they were written."""
+    return hashlib.sha256(digest + pixels).digest()
+
+
+def intact_photos(pixels_file, digests_file, photo_bytes):
+    """Digests of the photos that an interrupted write_map() left; cuts off what follows them."""
+    digests = []
+    with open(pixels_file, "a+b") as pixels, open(digests_file, "a+b") as written:
+        pixels.seek(0)
+        written.seek(0)
+        while True:
+            photo, pair = pixels.read(photo_bytes), written.read(64)
+            if len(photo) < photo_bytes or check_of(pair[:32], photo) != pair[32:]:
+                break
+            digests.append(pair[:32])
+        pixels.truncate(len(digests) * photo_bytes)
+        written.truncate(len(digests) * 64)
+    return digests
+
+
+class Progress:
+    """How far a long job has come, on stderr: a line at most every ten seconds."""
+
+    def __init__(self, title, total):
+        self.title, self.total, self.begin = title, total, time.monotonic()
+        self.shown = self.begin
+
+    def show(self, done):
+        now = time.monotonic()
+        if now - self.shown >= 10 and done:
+            self.shown, left = now, (now - self.begin) * (self.total - done) / done
+            text = f"{self.title}: {done:,} of {self.total:,} photos decoded, {left:.0f} s left"
+            print(text, file=sys.stderr, flush=True)
+
+
+def processes():
+    """(rank of this process, their number) under torchrun; (0, 1) without."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def on_device(images, device):
-    """Move uint8 images to the device if they take less than half of its free memory.
+    """Move uint8 images to the device if they take less than an eighth of its memory.
 
-    Otherwise they stay a map on disk and batches are gathered from it.
+    Otherwise they stay a map on disk and batches are gathered from it. An eighth, because several
+    runs may share the device, and none knows what the others are about to take.
     """
-    fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[1] / 8
     return images.to(device) if fits else images
 
 
@@ -300,7 +385,8 @@ class Loader:
     Every photo comes exactly once, in batches whose sizes differ by at most one (no tiny last
     batch to upset batch norm). With an Augmentation the order is shuffled and each photo gets its
     own view; both are functions of seed and epoch alone (see set_epoch), the same on every device.
-    With `views=V` epoch e repeats the views (not the order) of epoch e % V.
+    With `views=V` epoch e repeats the views (not the order) of epoch e % V. Under torchrun each
+    process gets its share of every batch.
     """
 
     def __init__(self, split, batch_size, device, augmentation=None, seed=0, views=None):
@@ -330,13 +416,21 @@ class Loader:
         drawn = draw_augmentation(len(self.labels), generator, self.augmentation)
         return [parameters.to(self.device, non_blocking=True) for parameters in drawn]
 
+    def split(self, order):
+        """Indices int64 [N] -> a list with this process's share of each batch, int64 [b]."""
+        rank, count = processes()
+        return [batch.tensor_split(count)[rank] for batch in order.tensor_split(len(self))]
+
     def batches(self, order, view):
         """Yield (inputs, labels) for the photos of `order`, int64 [N], in a view of draw_view()."""
         # Both copies are made here, once: within an epoch nothing waits for the device.
-        where_images_are = order.to(self.images.device).tensor_split(len(self))
-        on_the_device = order.to(self.device).tensor_split(len(self))
-        for index_here, index in zip(where_images_are, on_the_device, strict=True):
-            images = self.images[index_here].to(self.device)
+        here = order.to(self.images.device)
+        there = here.to(self.device)
+        for index_of_images, index in zip(self.split(here), self.split(there), strict=True):
+            images = self.images[index_of_images]
+            if self.device.type == "cuda" and images.device.type == "cpu":
+                images = images.pin_memory()  # so that the copy need not be waited for
+            images = images.to(self.device, non_blocking=True)
             if view is None:
                 yield normalise(images), self.labels[index]
             else:

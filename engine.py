@@ -6,8 +6,10 @@ it would have ended.
 """
 
 import argparse
+import atexit
 import contextlib
 import ctypes
+import gc
 import hashlib
 import io
 import itertools
@@ -25,7 +27,10 @@ from typing import NamedTuple
 from common import atomic_file, cpu_count, lock, number, read_json, read_runs, run_name, write_json
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import models
@@ -88,24 +93,37 @@ def load_photos(arguments):
     return Photos(train, validation, description)
 
 
+def combinations(arguments):
+    """A list with an argparse.Namespace for each combination of the plural flags."""
+    values = [getattr(arguments, flag) for flag in PLURAL_FLAGS]
+    return [
+        argparse.Namespace(**{**vars(arguments), **dict(zip(PLURAL_FLAGS, chosen, strict=True))})
+        for chosen in itertools.product(*values)
+    ]
+
+
 def unfinished_runs(parser, arguments, prefix, photos):
     """Yield an argparse.Namespace for each combination of the plural flags that is not finished.
 
     It has one value where `arguments` has several, and the run's name; `prefix` is what the name
-    begins with. While a run is in use no other process trains it.
+    begins with. While a run is in use no other process trains it, but for those of one torchrun,
+    which train it together.
     """
-    combinations = list(itertools.product(*(getattr(arguments, flag) for flag in PLURAL_FLAGS)))
-    if arguments.name and len(combinations) > 1:
-        raise SystemExit(f"--name {arguments.name}: of {len(combinations)} runs; name one only.")
-    for values in combinations:
-        chosen = dict(zip(PLURAL_FLAGS, values, strict=True))
-        run = argparse.Namespace(**{**vars(arguments), **chosen})
+    first, runs = data.processes()[0] == 0, combinations(arguments)
+    if arguments.name and len(runs) > 1:
+        raise SystemExit(f"--name {arguments.name}: of {len(runs)} runs; name one only.")
+    for run in runs:
         run.name = arguments.name or make_name(parser, run, prefix)
-        with lock(Path(run.output, ".locks", run.name)) as mine:
+        path = Path(run.output, ".locks", run.name)
+        with lock(path) if first else contextlib.nullcontext(True) as mine:
+            why_not = None
             if not mine:
-                print(f"{run.name}: another process is training it, left alone")
+                why_not = "another process is training it, left alone"
             elif is_finished(run, photos):
-                print(f"{run.name}: finished before with the same settings and photos")
+                why_not = "finished before with the same settings and photos"
+            why_not = of_first_process(why_not)
+            if why_not:
+                print(f"{run.name}: {why_not}")
             else:
                 yield run
 
@@ -200,13 +218,49 @@ def take_best_of_grid(arguments, photos):
 
 
 def set_up(arguments):
-    """Threads and memory of this process; return the torch.device to train on."""
+    """Threads, memory and, under torchrun, group of this process; return its torch.device."""
     torch.set_num_threads(arguments.threads)
     if arguments.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
     reuse_memory()
-    return pick_device(arguments.device)
+    device = pick_device(arguments.device)
+    if "LOCAL_RANK" in os.environ:  # torchrun has started this process, and others
+        device = join_processes(device, arguments.threads)
+    return device
+
+
+def join_processes(device, threads):
+    """Take a place among the processes of torchrun -> the torch.device of this one."""
+    local_rank, local_count = (int(os.environ[f"LOCAL_{key}"]) for key in ("RANK", "WORLD_SIZE"))
+    torch.set_num_threads(max(1, threads // local_count))
+    if device.type == "cuda":
+        if local_count > torch.cuda.device_count():
+            raise SystemExit(f"torchrun: {local_count} processes need as many GPUs.")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group()
+    atexit.register(leave_processes)
+    if dist.get_rank() > 0:  # one process speaks for all; errors go to stderr
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open to the end
+    return device
+
+
+def leave_processes():
+    """End the group's threads while Python still runs: they hold tensors.
+
+    A network that has been trained, which waits for the garbage collector, would keep them alive.
+    """
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def of_first_process(value):
+    """`value` as the first process has it, in all of them."""
+    values = [value]
+    if data.processes()[1] > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def pick_device(name):
@@ -235,8 +289,8 @@ def reuse_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the heap
 
 
-def autocast(device, precision):
-    """The context of the forward pass. `auto` is bfloat16 where the hardware multiplies in it."""
+def product_dtype(device, precision):
+    """The dtype of products. `auto` is bfloat16 where the hardware multiplies in it."""
     if precision == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -246,9 +300,15 @@ def autocast(device, precision):
             probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
             native = device.type == "cpu" and probe is not None and probe()
         precision = "bfloat16" if native else "float32"
-    if precision == "float32":
+    return getattr(torch, precision)
+
+
+def autocast(device, precision):
+    """The context of the forward pass, see product_dtype()."""
+    dtype = product_dtype(device, precision)
+    if dtype == torch.float32:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, dtype)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -259,36 +319,43 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose every update is made (nearly) orthogonal: for matrices and kernels.
 
     Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. A kernel
-    [out, in, k, k] counts as the matrix [out, k * k * in]. Decoupled weight decay.
+    [out, in, k, k] counts as the matrix [out, k * k * in]. Decoupled weight decay. dtype: of the
+    products. The learning rate may be a tensor. The foreach functions do for all matrices in one
+    launch what would take one for each.
     """
 
-    def __init__(self, parameters, lr, weight_decay, momentum=0.95):
+    def __init__(self, parameters, lr, weight_decay, dtype, momentum=0.95):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for weight in group["params"]:
-                state = self.state[weight]
-                if not state:
-                    state["average"] = torch.zeros_like(weight)
-                state["average"].lerp_(weight.grad, 1 - group["momentum"])
-                update = weight.grad.lerp(state["average"], group["momentum"])  # Nesterov
+            weights, momentum = group["params"], group["momentum"]
+            gradients = [weight.grad for weight in weights]
+            for weight in weights:
+                if not self.state[weight]:
+                    self.state[weight]["average"] = torch.zeros_like(weight)
+            averages = [self.state[weight]["average"] for weight in weights]
+            torch._foreach_lerp_(averages, gradients, 1 - momentum)
+            updates = torch._foreach_lerp(gradients, averages, momentum)  # Nesterov
+            learning_rate = torch.as_tensor(group["lr"], device=weights[0].device)
+            torch._foreach_mul_(weights, 1 - learning_rate * group["weight_decay"])
+            for weight, update in zip(weights, updates, strict=True):
                 if update.ndim == 4:  # in channels_last order, where flattening copies nothing
                     update = update.permute(0, 2, 3, 1)
                 matrix = update.flatten(1)
                 scale = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
-                update = orthogonalise(matrix).view(update.shape)
+                update = orthogonalise(matrix, self.dtype).view(update.shape)
                 if update.ndim == 4:
                     update = update.permute(0, 3, 1, 2)
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(update, alpha=group["lr"] * scale)
+                weight.addcmul_(update, learning_rate, value=-scale)
 
 
-def orthogonalise(matrix):
-    """Five Newton-Schulz steps towards the nearest (semi-)orthogonal matrix, in bfloat16."""
+def orthogonalise(matrix, dtype):
+    """Five Newton-Schulz steps towards the nearest (semi-)orthogonal matrix, in `dtype`."""
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).bfloat16()
+    x = (matrix.T if tall else matrix).to(dtype)
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         square = x @ x.T
@@ -315,15 +382,15 @@ def build_optimizers(model, run):
             matrices.append(parameter)
     optimizers, rate, decay = [], run.learning_rate, run.weight_decay
     if inner:
-        optimizers.append(Muon(inner, lr=rate, weight_decay=decay))
+        dtype = product_dtype(trained[0].device, run.precision)
+        optimizers.append(Muon(inner, lr=rate, weight_decay=decay, dtype=dtype))
     if run.optimizer == "muon":
         rate, decay = rate / 10, 0.01
     groups = [
         {"params": matrices, "weight_decay": decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    fused = trained[0].device.type in ("cpu", "cuda")
-    optimizers.append(torch.optim.AdamW(groups, lr=rate, fused=fused))
+    optimizers.append(torch.optim.AdamW(groups, lr=rate, fused=True))
     for group in parameter_groups(optimizers):
         group["highest_lr"] = group["lr"]
     return optimizers
@@ -345,55 +412,91 @@ def learning_rate_factor(epoch, epochs, warmup, schedule):
 # Training
 
 
-def cutmix(images, probability, numbers):
-    """With `probability`, paste a random square of one photo of the batch into another, in place.
-
-    images: float [B, C, H, W]; numbers: 4 random floats within 0..1. Returns the share of the
-    pixels that stay; the others are those of images.roll(1, 0). Yun et al., ICCV 2019. One square
-    per batch: nothing here waits for the device.
+def draw_squares(steps, probability, image_size, device):
+    """Draw the square of CutMix of each step -> a list of int64 [4]: first row, row after the last,
+    first column, column after the last; or None, but with `probability`.
     """
-    happens, share, x, y = numbers
-    if happens >= probability:
-        return 1.0
-    size = images.shape[-1]
-    side = int(size * math.sqrt(1 - share))
-    top, left = int(y * (size - side + 1)), int(x * (size - side + 1))
-    rows, columns = slice(top, top + side), slice(left, left + side)
-    images[:, :, rows, columns] = images[:, :, rows, columns].roll(1, 0)
-    return 1 - (side / size) ** 2
+    happens, share, x, y = torch.rand(steps, 4).T
+    side = (image_size * (1 - share).sqrt()).long()
+    top, left = (y * (image_size - side + 1)).long(), (x * (image_size - side + 1)).long()
+    squares = torch.stack([top, top + side, left, left + side], 1).to(device)
+    mixed = (happens < probability).tolist()
+    return [square if mix else None for square, mix in zip(squares, mixed, strict=True)]
+
+
+def cutmix(images, square):
+    """Paste a square of each photo of the batch into the next one.
+
+    images: float [B, C, H, W]; square: int64 [4], see draw_squares. Returns the images and the
+    share of their pixels that stayed, float []; the others are those of images.roll(1, 0). Yun et
+    al., ICCV 2019. One square per batch.
+    """
+    line = torch.arange(images.shape[-1], device=images.device)
+    top, bottom, left, right = square
+    rows, columns = (line >= top) & (line < bottom), (line >= left) & (line < right)
+    inside = rows[:, None] & columns
+    return torch.where(inside, images.roll(1, 0), images), 1 - inside.float().mean()
+
+
+def train_step(model, optimizers, inputs, labels, square, factor, weight, run, context):
+    """One step -> loss, float [], and number of right answers, int64 [], both on the device.
+
+    inputs: float [B, ...], labels: int64 [B], square: int64 [4] of CutMix or None, factor: float []
+    that the learning rates are multiplied by, weight: of the loss, a number. All of these are
+    tensors on the device and nothing is read from them here, so that no step waits for one before
+    it, and the step could be captured in a CUDA graph.
+    """
+    for group in parameter_groups(optimizers):
+        group["lr"] = group["highest_lr"] * factor
+    share = 1.0
+    if square is not None:
+        inputs, share = cutmix(inputs, square)
+    with context:
+        logits = model(inputs)
+    logits = logits.float()
+    targets = F.one_hot(labels, logits.shape[1]).to(logits)
+    targets = torch.lerp(targets.roll(1, 0), targets, share)
+    loss = F.cross_entropy(logits, targets, label_smoothing=run.label_smoothing)
+    model.zero_grad()
+    (loss * weight).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
 
 def train_one_epoch(model, loader, optimizers, epoch, run, context):
     """Train on every photo once; return mean loss and accuracy as the network saw them, floats.
 
-    Sums stay on the device and are read once, at the end: no step waits for one before it.
+    Sums stay on the device and are read once, at the end.
     """
-    torch.manual_seed(run.seed * 1_000_003 + epoch)  # of dropout, and of CutMix if there is any
-    mixing = getattr(run, "cutmix", 0)  # features of a frozen part can't be mixed
-    numbers = torch.rand(len(loader), 4).tolist()
+    seed, (rank, count) = run.seed * 1_000_003 + epoch, data.processes()
+    torch.manual_seed(seed)  # of CutMix, the same in all processes, and of dropout
+    mixing, squares = getattr(run, "cutmix", 0), [None] * len(loader)
+    if mixing:  # features of a frozen part can't be mixed
+        squares = draw_squares(len(loader), mixing, run.image_size, loader.device)
+    if rank > 0:
+        torch.manual_seed(seed + 7_368_787 * rank)
+    fractions = [(step + 1) / (len(loader) + 1) for step in range(len(loader))]
+    factors = [  # of the learning rates: no step has zero
+        learning_rate_factor(epoch + fraction, run.epochs, run.warmup_epochs, run.schedule)
+        for fraction in fractions
+    ]
+    factors = torch.tensor(factors, device=loader.device)
+    sizes = [len(batch) for batch in loader.labels.tensor_split(len(loader))]  # of all processes
     loader.set_epoch(epoch)
     model.train()
     loss_sum = torch.zeros((), device=loader.device)
     correct = torch.zeros((), device=loader.device)
-    for step, (inputs, labels) in enumerate(loader):
-        now = epoch + (step + 1) / (len(loader) + 1)  # no step has a learning rate of zero
-        factor = learning_rate_factor(now, run.epochs, run.warmup_epochs, run.schedule)
-        for group in parameter_groups(optimizers):
-            group["lr"] = group["highest_lr"] * factor
-        share = cutmix(inputs, mixing, numbers[step]) if mixing else 1.0
-        with context:
-            logits = model(inputs)
-        logits = logits.float()
-        targets = F.one_hot(labels, logits.shape[1]).to(logits)
-        targets = torch.lerp(targets.roll(1, 0), targets, share)
-        loss = F.cross_entropy(logits, targets, label_smoothing=run.label_smoothing)
-        model.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        loss_sum += loss.detach() * len(labels)
-        correct += (logits.detach().argmax(1) == labels).sum()
-    return float(loss_sum) / len(loader.labels), float(correct) / len(loader.labels)
+    steps = zip(loader, squares, factors, sizes, strict=True)
+    for (inputs, labels), square, factor, size in steps:
+        # The mean over processes that DistributedDataParallel takes becomes that over photos.
+        weight = len(labels) * count / size
+        loss, right = train_step(
+            model, optimizers, inputs, labels, square, factor, weight, run, context
+        )
+        loss_sum += loss * len(labels)
+        correct += right
+    return means(loss_sum, correct, loader)
 
 
 @torch.no_grad()
@@ -408,7 +511,15 @@ def validate(model, loader, context):
         logits = logits.float()
         loss_sum += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
-    return float(loss_sum) / len(loader.labels), float(correct) / len(loader.labels)
+    return means(loss_sum, correct, loader)
+
+
+def means(loss_sum, correct, loader):
+    """The two sums, over all processes, by the number of photos: floats."""
+    sums = torch.stack([loss_sum, correct]).cpu().double()
+    if data.processes()[1] > 1:
+        dist.all_reduce(sums)
+    return (sums / len(loader.labels)).tolist()
 
 
 class Result(NamedTuple):
@@ -427,7 +538,8 @@ def fit(model, train_loader, validation_loader, run, photos):
     The best epoch has the highest validation accuracy, the lower loss on ties. The loaders yield
     inputs that `model` takes: photos, or features of its frozen part.
     """
-    if len(train_loader.labels) < 2 * len(train_loader):
+    rank, count = data.processes()
+    if len(train_loader.labels) < 2 * len(train_loader) * count:
         raise SystemExit("batch norm can't train on a batch of one photo: a larger --batch-size")
     context, optimizers = autocast(train_loader.device, run.precision), build_optimizers(model, run)
     file = checkpoint_file(run.output, run.name).with_suffix(".unfinished")
@@ -441,18 +553,26 @@ def fit(model, train_loader, validation_loader, run, photos):
         for optimizer, state in zip(optimizers, stored["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         print(f"{run.name}: goes on after epoch {len(history)}")
+    network = over_processes(model, train_loader.device) if count > 1 else model
     written = time.perf_counter()
     for epoch in range(len(history), run.epochs):
         begin = time.perf_counter()
         try:
             train_loss, train_accuracy = train_one_epoch(
-                model, train_loader, optimizers, epoch, run, context
+                network, train_loader, optimizers, epoch, run, context
             )
-            loss, accuracy = validate(model, validation_loader, context)
+            loss, accuracy = validate(network, validation_loader, context)
         except torch.OutOfMemoryError:
             raise SystemExit(
                 f"{run.name}: out of memory on {train_loader.device}. Choose a smaller "
                 "--batch-size or --image-size, or fewer runs at a time (JOBS)."
+            ) from None
+        except RuntimeError as error:  # what the gradients' exchange raises when a process ends
+            if count == 1:
+                raise
+            raise SystemExit(
+                f"{run.name}: a process of this torchrun has ended ({str(error).splitlines()[0]}). "
+                "Start again to go on from the last stored epoch."
             ) from None
         took = time.perf_counter() - begin
         seconds += took
@@ -462,7 +582,7 @@ def fit(model, train_loader, validation_loader, run, photos):
         history.append(
             {
                 "epoch": epoch + 1,
-                "learning_rate": optimizers[0].param_groups[0]["lr"],
+                "learning_rate": float(optimizers[0].param_groups[0]["lr"]),
                 "train_loss": train_loss,
                 "train_accuracy": train_accuracy,
                 "validation_loss": loss,
@@ -480,7 +600,8 @@ def fit(model, train_loader, validation_loader, run, photos):
                 for key, tensor in model.state_dict().items()
             }
         print_progress(run, history, len(train_loader.labels))
-        if time.perf_counter() - written >= run.checkpoint_seconds and epoch + 1 < run.epochs:
+        due = time.perf_counter() - written >= run.checkpoint_seconds
+        if due and rank == 0 and epoch + 1 < run.epochs:
             state = {
                 "belongs_to": belongs_to,
                 "history": history,
@@ -493,6 +614,17 @@ def fit(model, train_loader, validation_loader, run, photos):
             write_state(file, state)
             written = time.perf_counter()
     return Result(history, best, best_state, seconds, None)
+
+
+def over_processes(model, device):
+    """`model` as DistributedDataParallel: gradients are averaged over the processes of torchrun.
+
+    Batch norm sees the whole batch on GPUs. For CPUs torch has no such batch norm: there each
+    process norms its own share, and the first one's statistics are kept.
+    """
+    if device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return DistributedDataParallel(model)
 
 
 def print_progress(run, history, photos):
@@ -550,8 +682,11 @@ def read_state(path, belongs_to):
 def save_run(kind, run, photos, model, result, **more):
     """Write the checkpoint, then the run's JSON: the JSON's presence means finished.
 
-    model: the whole network, result.best_state its state dict. more: further keys of the JSON.
+    model: the whole network, result.best_state its state dict. more: further keys of the JSON. Of
+    the processes of one torchrun only the first writes.
     """
+    if data.processes()[0] > 0:
+        return
     config, path = vars(run), checkpoint_file(run.output, run.name)
     digest = None
     if result.failed is None:
@@ -615,4 +750,5 @@ def environment(run):
         "torchvision": version("torchvision"),
         "device": f"{device.type} {name}",
         "threads": torch.get_num_threads(),
+        "processes": data.processes()[1],
     }

@@ -14,6 +14,7 @@ import time
 from common import Parser, add_place_flags, number
 
 import torch
+import torch.distributed as dist
 
 import data
 import engine
@@ -81,7 +82,7 @@ class FeatureLoader:
     def __iter__(self):
         of_this_view = self.features[self.loader.epoch % len(self.features)]
         order = self.loader.order().to(of_this_view.device)
-        for index in order.tensor_split(len(self)):
+        for index in self.loader.split(order):
             features = of_this_view[index].float()
             if features.ndim == 4:
                 features = features.contiguous(memory_format=torch.channels_last)
@@ -91,17 +92,18 @@ class FeatureLoader:
 @torch.no_grad()
 def compute_features(frozen, loader, views, context):
     """Run the frozen part over every photo once per view -> half [views, N, ...]."""
-    features, everything = None, torch.arange(len(loader.labels))
+    features, everything = None, torch.arange(len(loader.labels), device=loader.device)
     for view in range(views):
-        start = 0
-        for images, _ in loader.batches(everything, loader.draw_view(view)):
+        batches = loader.batches(everything, loader.draw_view(view))
+        for index, (images, _) in zip(loader.split(everything), batches, strict=True):
             with context:
                 output = frozen(images)
             if features is None:
                 shape = (views, len(everything), *output.shape[1:])
-                features = torch.empty(shape, dtype=torch.half, device=output.device)
-            features[view, start : start + len(output)] = output
-            start += len(output)
+                features = torch.zeros(shape, dtype=torch.half, device=output.device)
+            features[view, index] = output.half()
+        if data.processes()[1] > 1:  # the others' photos are still zero here
+            dist.all_reduce(features[view])
     return features
 
 
@@ -152,6 +154,8 @@ def main(argv=None):
                     compute_features(frozen, loader, loader.views or 1, context)
                     for loader in loaders
                 ]
+                if device.type != "cpu":
+                    torch.accelerator.synchronize(device)
                 feature_seconds, seed_of_features = time.perf_counter() - begin, run.seed
             loaders = [
                 FeatureLoader(loader, kept) for loader, kept in zip(loaders, features, strict=True)

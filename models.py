@@ -81,7 +81,8 @@ class Backbone(nn.Sequential):
         """Like nn.Module.train, but frozen batch norm stays in eval mode: its statistics too."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+            norm = isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
+            if norm and not module.weight.requires_grad:
                 module.eval()
         return self
 

@@ -5,6 +5,8 @@
 #   DATA=photos OUT=out bash run_all.sh  on any folder with train/, validation/ and test/
 #   bash run_all.sh --demo               every stage on a small made-up set, in minutes, offline
 #   bash run_all.sh --list               print the training commands and run nothing
+#   bash run_all.sh --share 2/4          train the second of four shares and stop there: the others
+#                                        are for other machines, a plain call for the end
 #
 # Stop it whenever you like: what is finished is kept, and the next call goes on from there.
 set -euo pipefail
@@ -45,14 +47,22 @@ announce_demo() {
     "********************************************************"
 }
 
-DEMO= LIST=
+DEMO= LIST= SHARE=
+if [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then  # in a job array of Slurm
+  SHARE=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))/$SLURM_ARRAY_TASK_COUNT
+fi
 case "${1:-}" in
   "") ;;
   --demo) use_demo ;;
   --list) LIST=yes ;;
-  --help|-h) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
-  *) fail "unknown argument $1; there are --demo, --list and --help" ;;
+  --share) SHARE=${2:-none}; shift ;;
+  --help|-h) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+  *) fail "unknown argument $1; there are --demo, --list, --share and --help" ;;
 esac
+if [[ $SHARE ]]; then
+  [[ $SHARE =~ ^[1-9][0-9]*/[1-9][0-9]*$ && ${SHARE%/*} -le ${SHARE#*/} ]] ||
+    fail "--share $SHARE: which of how many is meant, such as 2/4"
+fi
 [[ $# -le 1 ]] || fail "one argument at most; settings are environment variables"
 
 # The training commands, one a line. One thread a run: several at a time fill the processors, and
@@ -84,12 +94,11 @@ dropout_commands() {  # on the best of each network, which the finished grid tel
 
 lacks() { ! "$1" -c 'import sys; from importlib.util import find_spec as find
 sys.exit(not all(map(find, ("torch", "torchvision", "matplotlib", "numpy"))))' 2> /dev/null; }
-check_settings() {  # all of them, before any work; prints the number of runs, GPUs, processors
-  { first_commands; dropout_commands; } | "$PYTHON" tools/check_commands.py
-}
+all_commands() { first_commands; dropout_commands; }
+check() { "$PYTHON" tools/check_commands.py "$@"; }  # before any work; prints what it counts
 if [[ $LIST ]]; then
-  lacks "$PYTHON" || check_settings > /dev/null
-  first_commands; dropout_commands; exit 0
+  lacks "$PYTHON" || all_commands | check > /dev/null
+  all_commands; exit 0
 fi
 
 # Whatever runs is a process group of its own: Ctrl-C, kill or a closed terminal end all of it.
@@ -121,6 +130,7 @@ stage "set-up"  # the python at hand, or a virtual environment of our own if it 
 command -v "$PYTHON" > /dev/null || fail "no $PYTHON here: install Python 3.10 or newer"
 install() { "$PYTHON" -m venv .venv && .venv/bin/python -m pip install --quiet -r requirements.txt; }
 if lacks "$PYTHON"; then
+  [[ ! $SHARE ]] || fail "a share installs nothing: pip install -r requirements.txt first"
   if lacks .venv/bin/python; then
     echo "installing requirements.txt into .venv (a few minutes, a few GB, only once)"
     run install || fail "installing failed; see above. Remove .venv before you try again."
@@ -128,29 +138,35 @@ if lacks "$PYTHON"; then
   PYTHON=.venv/bin/python
 fi
 "$PYTHON" -V
-counted=$(check_settings) || exit 1
+counted=$(all_commands | check) || exit 1
 read -r STUDY_RUNS GPUS PROCESSORS <<< "$counted"
-mkdir -p "$OUT" && exec 9>> "$OUT/.lock" || fail "cannot write to OUT=$OUT"
-# The lock is this process's and its children's, and ends with them, however they end.
-"$PYTHON" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2> /dev/null ||
-  fail "$(cat "$OUT/.lock") works in $OUT: wait for it, or give another OUT"
-echo "process $$ on $(uname -n)" > "$OUT/.lock"
+mkdir -p "$OUT" && exec 9<> "$OUT/.lock" || fail "cannot write to OUT=$OUT"
+# The lock is this process's and its children's, and ends with them, however they end. Shares hold
+# it together.
+kind=EX
+[[ ! $SHARE ]] || kind=SH
+"$PYTHON" -c "import fcntl; fcntl.flock(9, fcntl.LOCK_$kind | fcntl.LOCK_NB)" \
+  2> /dev/null || fail "$(cat "$OUT/.lock") works in $OUT: wait for it, or give another OUT"
+ME="process $$ on $(uname -n)"
+echo "$ME" > "$OUT/.lock"
 
 stage "photos"  # and weights before training, so that nothing is missing an hour into it
 if [[ ! $DEMO && ! $DATA_GIVEN && ! -d $DATA ]]; then
+  [[ ! $SHARE ]] || fail "a share fetches nothing: python tools/prepare.py --download first"
   run "$PYTHON" tools/prepare.py --download --data "$DATA" --output "$OUT" ||
     exec bash "${BASH_SOURCE[0]}" --demo
 fi
 if [[ $DEMO ]]; then announce_demo; fi
 checked=$OUT/photos.txt  # what the check printed; made again for other or newer photos
+new=$checked.new-${ME//[^0-9a-z]/-}
 check_photos() {
   { echo "$DATA"; "$PYTHON" tools/prepare.py ${DEMO:+--demo} --data "$DATA" --output "$OUT" \
-    --image-size "$IMAGE_SIZE" "$FINETUNE_IMAGE_SIZE"; } > "$checked.new"
+    --image-size "$IMAGE_SIZE" "$FINETUNE_IMAGE_SIZE"; } > "$new"
 }
 if [[ ! -f $checked || $(head -n 1 "$checked") != "$DATA" ||
   $(find -L "$DATA" -newer "$checked" -print -quit) ]]; then
-  run check_photos || { cat "$checked.new"; fail "the photos in $DATA need a look"; }
-  mv "$checked.new" "$checked"
+  run check_photos || { cat "$new"; rm "$new"; fail "the photos in $DATA need a look"; }
+  mv "$new" "$checked"
 fi
 cat "$checked"
 classes=$(find -L "$DATA/train" -mindepth 1 -maxdepth 1 -type d ! -name '[._]*' | wc -l)
@@ -160,9 +176,11 @@ describe_networks() {
     "$PYTHON" models.py $BACKBONES --weights "$WEIGHTS" --classes $classes \
       --image-size "$FINETUNE_IMAGE_SIZE"
 }
-run describe_networks > "$OUT/layers.new" || fail "no network to train; see above"
-mv "$OUT/layers.new" "$OUT/layers.txt"
-echo "every network layer by layer: $OUT/layers.txt"
+if [[ ! $SHARE ]]; then
+  run describe_networks > "$OUT/layers.new" || fail "no network to train; see above"
+  mv "$OUT/layers.new" "$OUT/layers.txt"
+  echo "every network layer by layer: $OUT/layers.txt"
+fi
 
 stage "training"  # JOBS commands at a time: one run alone fills neither a processor nor a GPU
 if [[ ! $JOBS ]]; then
@@ -170,7 +188,9 @@ if [[ ! $JOBS ]]; then
   (( GPUS == 0 )) || JOBS=$(( GPUS > 4 ? GPUS : 4 ))
 fi
 STUDY_START=$(date +%s)
-export OUT GPUS STUDY_RUNS STUDY_START
+FAILED=$(mktemp)
+trap 'rm -f "$FAILED"' EXIT
+export OUT GPUS STUDY_RUNS STUDY_START FAILED
 python() { "$PYTHON" "$@"; }
 train_line() {  # the first command that fails ends the others, which go on at the next call
   if (( GPUS > 1 )); then
@@ -180,7 +200,7 @@ train_line() {  # the first command that fails ends the others, which go on at t
   local log
   log=$(mktemp)
   if ! eval "$1" 2>&1 | tee "$log"; then
-    { echo "failed: $1"; tail -n 3 "$log"; } > "$OUT/.failed"
+    { echo "failed: $1"; tail -n 3 "$log"; } > "$FAILED"
     kill -TERM 0
   fi
   rm "$log"
@@ -191,13 +211,22 @@ xargs $slot true < /dev/null 2> /dev/null || slot=
 train() {
   tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" $slot bash -c 'set -o pipefail; train_line "$1"' _ 2> /dev/null
 }
-rm -f "$OUT/.failed"
+share() { awk -v share="${SHARE%/*}" -v shares="${SHARE#*/}" 'NR % shares == share % shares'; }
 for commands in first_commands dropout_commands; do
-  run train < <($commands) || {
-    [[ ! -f $OUT/.failed ]] || cat "$OUT/.failed" >&2
+  if [[ $SHARE && $commands == dropout_commands ]]; then
+    unfinished=$(first_commands | check --unfinished) || exit 1
+    (( unfinished == 0 )) ||
+      { echo "dropout waits for $unfinished runs of other shares: call again then"; exit 0; }
+  fi
+  run train < <($commands | if [[ $SHARE ]]; then share; else cat; fi) || {
+    cat "$FAILED" >&2
     fail "training stopped; finished epochs are kept, the next call goes on"
   }
 done
+if [[ $SHARE ]]; then
+  stage "share $SHARE done: when all are, a plain bash run_all.sh evaluates"
+  exit 0
+fi
 
 stage "choice, test, comparisons"  # the best of each by validation; only these see the test split
 run "$PYTHON" evaluate.py --chosen --data "$DATA" --output "$OUT" --device "$DEVICE"

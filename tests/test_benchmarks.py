@@ -1,5 +1,6 @@
 """The benchmarks run from end to end on a handful of photos."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,8 +39,10 @@ def test_growth_prints_a_line_for_each_size_and_falls_back(photos):
     before = sorted(photos.rglob("*"))
     printed = run("growth.py", "--data", str(photos), "--factors", "1", "3", "--image-size", "32")
     lines = [line for line in printed.splitlines() if " MiB" in line]
-    assert [line.split()[0] for line in lines[:2]] == ["42", "126"]
-    assert "with 4 GiB" in lines[2] and "with 0 GiB" in lines[3]
+    assert [line.split()[0] for line in lines if " photos: decode" in line] == ["42", "126"]
+    assert sum(line.startswith("check ") for line in lines) == 2
+    assert sum(line.startswith("evaluation ") for line in lines) == 2
+    assert "with 4 GiB" in lines[-2] and "with 0 GiB" in lines[-1]
     assert printed.count("the frozen part runs in every step") == 1
     assert sorted(photos.rglob("*")) == before and not list(Path().iterdir())
 
@@ -55,3 +58,19 @@ def test_speed_measures_both_loops(photos):
             assert result["images_per_second"] == pytest.approx(42 / seconds)
     assert printed.count("start to end of the process") == 2
     assert printed.count("share of those products") == 1
+
+
+def test_a_step_is_timed_in_one_process_and_in_two(photos):
+    flags = ["--data", str(photos), "--models", "residual", "--batch-sizes", "14", "--image-size"]
+    printed = run("step.py", *flags, "32", "--processes", "1", "2", "--seconds", "0.1")
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines()[2:]]
+    assert [row[:4] for row in rows] == [["residual", "14", n, "eager"] for n in ("1", "2")]
+    assert all(float(row[4]) >= float(row[5]) > 0 for row in rows)
+
+
+def test_the_gpu_tables_need_a_gpu_and_say_so(photos):
+    settings = {**os.environ, "DATA": str(photos), "PYTHON": sys.executable, "DEVICE": "cuda:99"}
+    command = ["bash", str(FOLDER / "gpu.sh")]
+    result = subprocess.run(command, env=settings, capture_output=True, text=True)
+    assert result.returncode != 0 and "cuda:99: not available here" in result.stderr
+    assert not result.stdout

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,45 @@ def test_a_changed_photo_is_noticed_though_size_and_time_are_set_back(copy):
     replace_unnoticed(photo, white.read_bytes().ljust(photo.stat().st_size, b"\0"))
     other = data.load_split(copy, "train", 32)
     assert other.fingerprint != first.fingerprint and (other.images[28] > 250).all()
+
+
+@pytest.fixture
+def half_decoded(photos, monkeypatch):
+    """What is in the cache after decoding was cut off at the 21st photo, in the third chunk."""
+    decode, last = data.decode, photos / "train" / data.list_photos(photos)[1]["train"][20]
+
+    def cut(path, image_size):
+        if path == last:
+            raise KeyboardInterrupt
+        return decode(path, image_size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "CHUNK", 8)
+        patch.setattr(data, "decode", cut)
+        with pytest.raises(KeyboardInterrupt):
+            data.load_split(photos, "train", 32)
+
+
+@pytest.mark.parametrize("damaged", [None, "part", "digests"])
+def test_decoding_goes_on_where_it_was_cut_off(photos, half_decoded, monkeypatch, damaged):
+    if damaged:  # in the second photo, as a power failure may leave it
+        content = bytearray(cache_file(damaged).read_bytes())
+        content[len(content) // 16 + 1] ^= 1
+        cache_file(damaged).write_bytes(content)
+    decoded, decode = [], data.decode
+    monkeypatch.setattr(data, "decode", lambda *a: decoded.append(a) or decode(*a))
+    ours = data.load_split(photos, "train", 32)
+    assert len(decoded) == (42 - 1 if damaged else 42 - 20)
+    whole = data.load_split(photos, "train", 32, "other")
+    assert torch.equal(ours.images, whole.images) and ours.fingerprint == whole.fingerprint
+    assert {path.suffix for path in Path(".cache").iterdir()} == {".pixels", ".json", ".lock"}
+
+
+def test_a_disk_that_is_too_small_is_refused_before_decoding(photos, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Namespace(free=42 * 3 * 32 * 32 - 1))
+    monkeypatch.setattr(data, "decode", None)
+    with pytest.raises(SystemExit, match="are needed for .*train at 32 px, more than is free"):
+        data.load_split(photos, "train", 32)
 
 
 @pytest.mark.parametrize("suffix", ["pixels", "json"])

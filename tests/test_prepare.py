@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -119,6 +120,26 @@ def test_food101_draw_is_fixed_and_without_overlap(tmp_path, capsys):
     with pytest.raises(ValueError, match="incomplete"):
         prepare.fetch_food101(tmp_path / "three", tmp_path)
     assert not (tmp_path / "three").exists()
+
+
+def test_all_classes_of_an_unpacked_food101_are_taken(tmp_path, capsys):
+    (tmp_path / "food-101" / "meta").mkdir(parents=True)
+    photo = tmp_path / "food-101" / "images" / "baklava" / "0.jpg"
+    photo.parent.mkdir(parents=True)
+    prepare.draw_dish("pizza", 48, "0").save(photo)
+    for part, count in (("train", 200), ("test", 50)):
+        listed = {
+            name: [f"{name}/{part}{n}" for n in range(count)] for name in ("baklava", "tacos")
+        }
+        (tmp_path / "food-101" / "meta" / f"{part}.json").write_text(json.dumps(listed))
+        for name in sum(listed.values(), []):
+            link = tmp_path / "food-101" / "images" / f"{name}.jpg"
+            link.parent.mkdir(exist_ok=True)
+            os.link(photo, link)
+    flags = ["--download", "--classes", "all", "--data", "two", "--cache", str(tmp_path)]
+    prepare.main([*flags, "--image-size", "32"])
+    out = capsys.readouterr().out
+    assert re.search(r"all +400 +50 +50", out) and "more" in out  # of 42,500 copies
 
 
 def test_download_falls_back_and_fails_in_plain_words(tmp_path, capsys):

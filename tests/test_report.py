@@ -61,7 +61,7 @@ def test_reference_study_keeps_its_numbers(study):
         "the worst apple_pie (56% [37%, 73%])",
         "Of 66 pairs of chosen models 50 differ",
         "180 minutes of training in 37 runs",
-        "def orthogonalise(matrix)",
+        "def orthogonalise(matrix, dtype)",
     ):
         assert claim in text
     assert "Runs that failed" not in text and "![" not in text

@@ -57,7 +57,9 @@ def test_the_json_has_what_it_promises(photos):
     assert run["config"]["batch_size"] == 14 and run["config"]["learning_rate"] == 0.02
     assert set(run["data"]) == {"fingerprint", "classes", "counts"}
     assert run["data"]["counts"]["test"] == {"blue": 5, "green": 5, "red": 5}
-    assert {"python", "torch", "torchvision", "device", "threads"} == set(run["environment"])
+    assert {"python", "torch", "torchvision", "device", "threads", "processes"} == set(
+        run["environment"]
+    )
     assert run["model"]["convolutions"] == 5 and run["model"]["linear_layers"] == 2
     assert [epoch["epoch"] for epoch in run["history"]] == [1, 2, 3, 4, 5, 6]
     keys = {f"{split}_{what}" for split in ("train", "validation") for what in ("loss", "accuracy")}
@@ -158,12 +160,19 @@ def test_fine_tuning_works_with_muon_and_several_values(photos, count):
 
 def test_cutmix_pastes_a_square_and_reports_its_share():
     images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 20, 20).clone()
-    share = engine.cutmix(images, 1.0, [0.5, 0.4, 0.3, 0.9])
     own = torch.arange(4)[:, None, None, None]
-    kept = (images == own).float().mean((1, 2, 3))
-    torch.testing.assert_close(kept, torch.full((4,), share))
-    assert set(images[0].unique().tolist()) == {0.0, 3.0}
-    assert engine.cutmix(images, 0.5, [0.5, 0.4, 0.3, 0.9]) == 1.0
+    torch.manual_seed(0)
+    for square in engine.draw_squares(20, 1.0, 20, CPU):
+        mixed, share = engine.cutmix(images, square)
+        kept = (mixed == own).float().mean((1, 2, 3))
+        torch.testing.assert_close(kept, share.expand(4))
+        assert set(mixed[0].unique().tolist()) <= {0.0, 3.0}
+
+
+def test_cutmix_happens_with_its_probability():
+    torch.manual_seed(0)
+    squares = engine.draw_squares(1000, 0.3, 20, CPU)
+    assert 250 < sum(square is not None for square in squares) < 350
 
 
 def test_muon_updates_are_nearly_orthogonal():
@@ -171,7 +180,7 @@ def test_muon_updates_are_nearly_orthogonal():
     for shape in ((16, 40), (40, 16), (16, 8, 3, 3)):
         weight = torch.nn.Parameter(torch.zeros(shape))
         weight.grad = torch.randn(shape)
-        engine.Muon([weight], lr=1.0, weight_decay=0.0).step()
+        engine.Muon([weight], lr=1.0, weight_decay=0.0, dtype=torch.bfloat16).step()
         update = weight.detach().flatten(1)
         values = torch.linalg.svdvals(update) / max(1, update.shape[0] / update.shape[1]) ** 0.5
         assert values.min() > 0.5 and values.max() < 1.4

@@ -1,16 +1,16 @@
-"""Check training commands, one a line, without running them; print how many runs, GPUs, processors.
+"""Check training commands, one a line, without running them.
 
-bash run_all.sh --list | python tools/check_commands.py
+bash run_all.sh --list | python tools/check_commands.py                 runs, GPUs, processors
+bash run_all.sh --list | python tools/check_commands.py --unfinished    runs not yet finished
 """
 
-import math
 import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cpu_count
+from common import cpu_count, read_runs
 
 import torch
 
@@ -21,14 +21,24 @@ import train_scratch
 SCRIPTS = {"train_scratch.py": train_scratch, "finetune.py": finetune}
 
 
+def count_unfinished(arguments):
+    """How many runs of one command are not in its folder of results."""
+    stored = read_runs(arguments.output).values()
+    finished = [engine.settings(run["config"]) for run in stored]
+    return sum(engine.settings(vars(run)) not in finished for run in engine.combinations(arguments))
+
+
 def main():
-    runs = 0
+    only_unfinished, commands = sys.argv[1:] == ["--unfinished"], []
     for line in sys.stdin:
         _python, script, *flags = shlex.split(line)
         sys.argv[0] = script  # what argparse calls the program
-        arguments = SCRIPTS[script].build_parser().parse_args(flags)
-        runs += math.prod(len(getattr(arguments, flag)) for flag in engine.PLURAL_FLAGS)
-    print(runs, torch.cuda.device_count(), cpu_count())
+        commands.append(SCRIPTS[script].build_parser().parse_args(flags))
+    if only_unfinished:
+        print(sum(count_unfinished(arguments) for arguments in commands))
+    else:
+        runs = sum(len(engine.combinations(arguments)) for arguments in commands)
+        print(runs, torch.cuda.device_count(), cpu_count())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python tools/prepare.py --data food11               counts, unreadable files, leaks, a picture
     python tools/prepare.py --download --data food11    fetch Food-11 first
+    python tools/prepare.py --download --classes all --data food101    or all of Food-101's classes
     python tools/prepare.py --demo --data demo          draw the made-up set first
     python tools/prepare.py --split photos --data mine  split a plain folder of class folders first
 
@@ -21,6 +22,7 @@ import urllib.request
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import combinations, cycle, islice
 from pathlib import Path, PurePosixPath
 
@@ -43,6 +45,8 @@ SHARES = {"validation": 0.1, "test": 0.1, "train": 0.8}  # of each class, filled
 # photos: the 8 pairs up to 28 are real copies, the next, at 31, is not; a re-encoded, resized
 # (x0.4 to x1.6), darker or brighter copy stays within 28 in 99% of the cases.
 NEAR_DUPLICATE_BITS = 28
+LARGEST_BLOCK = 2**25  # distances in memory at a time, 4 bytes each
+MOST_LINES = 200  # printed of a list of files
 # The classes of Food-11, and of what each is made up, on a canvas of 200 x 200. A shape: kind, how
 # many, how far they scatter, half its width and height, colours to choose from.
 DISHES = {
@@ -137,11 +141,12 @@ def fetch_course_archive(target, cache):
         unpack_archive(Path(folder, "food11.zip"), target)
 
 
-def fetch_food101(target, cache):
+def fetch_food101(target, cache, classes="food11"):
     """Download Food-101 (5 GB) into `cache` and copy as many photos a class as the course has.
 
-    The draw is always the same: validation and test from Food-101's reviewed test list, train from
-    its noisier training list. Raises ValueError if a photo is missing.
+    classes: "food11" or "all". If the folder food-101 is in `cache` nothing is downloaded. The draw
+    is always the same: validation and test from Food-101's reviewed test list, train from its
+    noisier training list. Raises ValueError if a photo is missing.
     """
     from torchvision.datasets import Food101
 
@@ -155,7 +160,7 @@ def fetch_food101(target, cache):
     listed = {p: json.loads((root / f"meta/{p}.json").read_text()) for p in ("train", "test")}
     choice = random.Random(0)
     with new_folder(target) as folder:
-        for name in DISHES:
+        for name in DISHES if classes == "food11" else sorted(listed["train"]):
             held_out = choice.sample(sorted(listed["test"][name]), 50)
             training = choice.sample(sorted(listed["train"][name]), 200)
             photos = {"train": training, "validation": held_out[:25], "test": held_out[25:]}
@@ -272,8 +277,10 @@ def scan_photos(files):
         except Exception as error:  # a broken file can raise nearly anything in PIL
             errors.append(f"{files[row]}: {str(error) or repr(error)}")
 
+    progress = data.Progress("check", len(files))
     with ThreadPoolExecutor(cpu_count()) as pool:
-        list(pool.map(scan, range(len(files))))
+        for done, _ in enumerate(pool.map(scan, range(len(files)))):
+            progress.show(done)
     return sizes, hashes, sorted(errors)
 
 
@@ -283,20 +290,26 @@ def near_duplicates(hashes, rows, columns, bits=NEAR_DUPLICATE_BITS):
     `hashes` bool [N, 256] of scan_photos, `rows` and `columns` int arrays of its rows. A hash
     without a single bit (flat or unreadable photo) matches nothing.
     """
-    signs = np.where(hashes, 1, -1).astype(np.float32)
     rows, columns = (part[hashes[part].any(axis=1)] for part in (rows, columns))
-    for start in range(0, len(rows), 512):  # at most 512 x N distances in memory
-        some = rows[start : start + 512]
-        distances = (hashes.shape[1] - signs[some] @ signs[columns].T) / 2
-        for row, column in np.argwhere(distances <= bits):
-            yield some[row], columns[column], int(distances[row, column])
+    if not len(rows) or not len(columns):
+        return
+    signs = np.where(hashes[columns], 1, -1).astype(np.float32).T
+    count = max(1, LARGEST_BLOCK // len(columns))  # rows at a time: memory does not grow with both
+    for start in range(0, len(rows), count):
+        some = rows[start : start + count]
+        same = np.where(hashes[some], 1, -1).astype(np.float32) @ signs  # equal bits less others
+        for row, column in np.argwhere(same >= hashes.shape[1] - 2 * bits):
+            distance = (hashes.shape[1] - same[row, column]) / 2
+            yield some[row], columns[column], int(distance)
 
 
 def print_files(title, files):
-    """Print how many files there are and each on a line of its own."""
-    print(f"{len(files)} {title}")
-    for file in files:
+    """Print how many files there are and the first of them, each on a line of its own."""
+    print(f"{len(files):,} {title}")
+    for file in files[:MOST_LINES]:
         print(f"  {file}")
+    if len(files) > MOST_LINES:
+        print(f"  and {len(files) - MOST_LINES:,} more")
 
 
 def refuse_unreadable(errors):
@@ -442,6 +455,12 @@ def main(argv=None):
         default=[96],
         help="sizes to decode train/ and validation/ to in advance",
     )
+    parser.add_argument(
+        "--classes",
+        choices=("food11", "all"),
+        default="food11",
+        help="with --download: the eleven of Food-11, or all of Food-101, from CACHE/food-101",
+    )
     arguments = parser.parse_args(argv)
     directory = Path(arguments.data)
     unnamed = arguments.data == parser.get_default("data")
@@ -449,7 +468,14 @@ def main(argv=None):
         directory = Path("demo")  # drawings must not be taken for Food-11
     if arguments.split and unnamed:
         parser.error("--split needs --data, the name of the new folder")
-    if arguments.download:
+    if arguments.classes == "all" and unnamed:
+        parser.error("--classes all needs --data, the name of the new folder")
+    if arguments.classes == "all" and not arguments.download:
+        parser.error("--classes is for --download")
+    if arguments.download and arguments.classes == "all":
+        sources = {"a draw from Food-101": partial(fetch_food101, classes="all")}
+        download_food11(directory, Path(arguments.cache), sources)
+    elif arguments.download:
         download_food11(directory, Path(arguments.cache))
     elif arguments.demo:
         draw_demo(directory)

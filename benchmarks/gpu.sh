@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Every table of benchmarks/README.md that needs a GPU, in at most nine minutes:
+#
+#   DATA=food11 bash benchmarks/gpu.sh | tee gpu.md
+#
+# Prints Markdown to paste. A part that takes too long is cut off, which is said.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+export DATA=${DATA:-food11} PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda}
+WEIGHTS=${WEIGHTS:-IMAGENET1K_V1}
+fail() { echo "gpu.sh: $*" >&2; exit 1; }
+[[ -d $DATA ]] || fail "no folder $DATA: set DATA to a folder of photos"
+"$PYTHON" -c 'import sys, engine; engine.pick_device(sys.argv[1])' "$DEVICE"
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+limit() {  # seconds, command
+  local seconds=$1
+  shift
+  timeout --signal=INT "$seconds" "$@" || echo "(not all: cut off after $seconds s, or failed)"
+}
+utilisation() {  # one number a second, until it is stopped
+  nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader,nounits --loop=1
+}
+
+echo "## GPU"
+echo
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
+"$PYTHON" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
+echo "$(nproc) processors; photos: $(find -L "$DATA" -type f | wc -l)"
+
+printf '\n## One step, %s\n\n' "$DATA"
+limit 100 "$PYTHON" benchmarks/step.py --data "$DATA" --cache "$folder/cache" --device "$DEVICE" \
+  --models plain --batch-sizes 32 64 --seconds 2
+
+printf '\n## The whole study, from photos to report\n\n'
+echo "| JOBS | seconds | mean utilisation of the GPU | where the time went (start of each stage) |"
+echo "|---|---|---|---|"
+for jobs in 4 8; do  # all from nothing but the photos and the weights
+  utilisation > "$folder/utilisation" 2> /dev/null & sampler=$!
+  begin=$(date +%s)
+  OUT=$folder/study-$jobs JOBS=$jobs limit 125 bash run_all.sh > "$folder/study.log" 2>&1
+  seconds=$(($(date +%s) - begin))
+  kill "$sampler" 2> /dev/null || true
+  busy=$(awk '{ sum += $1 } END { if (NR) printf "%.0f%%", sum / NR; else print "not measured" }' \
+    "$folder/utilisation")
+  stages=$(sed -n 's/^== \(.*\) ==$/\1/p' "$folder/study.log" | paste -s -d ';')
+  grep -q 'cut off' "$folder/study.log" && seconds="more than $seconds"
+  echo "| $jobs | $seconds | $busy | $stages |"
+done
+
+printf '\n## Against the usual loop\n\n```\n'
+limit 170 "$PYTHON" benchmarks/speed.py --data "$DATA" --device "$DEVICE" --rounds 1 \
+  --weights "$WEIGHTS" --rows scratch-96 fc last2
+echo '```'

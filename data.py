@@ -183,6 +183,10 @@ def load_split(directory, split, image_size, cache=".cache"):
                 images, fingerprint = open_map(map_file, shape)
     if images is None:
         raise SystemExit(f"{map_file}: cannot be read. Choose another --cache.")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if images.nbytes > memory:
+        text = f"{map_file}: {images.nbytes / 2**30:,.0f} GiB, more than this machine's memory"
+        print(f"{text}: every epoch reads it from the disk, in random order", file=sys.stderr)
     return Split(images, labels, files, classes, fingerprint)
 
 

@@ -40,6 +40,8 @@ TRAINING = {"color": "#E69F00", "linestyle": "--", "label": "training"}
 VALIDATION = {"color": "#0072B2", "marker": "o", "label": "validation"}
 TEST = {"color": "#D55E00", "marker": "s", "markerfacecolor": "white", "label": "test"}
 BARE = {"frame_on": False, "xticks": [], "yticks": []}  # axes that show nothing but a photo
+MANY_CLASSES = 60  # more, and a confusion matrix has no room for counts
+TOO_MANY_CLASSES = 300  # more, and it has none for names either
 SETTING = ("learning_rate", "batch_size")
 CASE = ("model", "unfreeze_convolutions")
 
@@ -194,13 +196,24 @@ def draw_confusion(path, row, evaluations):
     split, seeds = evaluations[0]["split"], len(evaluations)
     classes = [textwrap.shorten(name, 28) for name in class_names(evaluations[0])]
     side = min(WIDTH, 5 + 0.4 * len(classes))
+    if len(classes) > MANY_CLASSES:  # large enough for their names
+        side = min(36, 5 + 0.1 * len(classes))
     figure = Figure(figsize=(side, 0.9 * side))
     axes = figure.subplots()
     shades = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     texts = {place: str(count) for place, count in np.ndenumerate(counts) if count > 0}
+    if len(classes) > MANY_CLASSES:
+        texts = {}
     draw_cells(axes, shades, texts, classes, classes, size=min(10, 240 / len(classes)))
     axes.tick_params(axis="x", labelrotation=90)
+    if len(classes) > MANY_CLASSES:
+        axes.tick_params(labelsize=6)
     axes.set(xlabel="predicted", ylabel="true")
+    if len(classes) > TOO_MANY_CLASSES:
+        hint = "classes by their number in the evaluation's JSON"
+        axes.set(xticks=[0, len(classes) - 1], yticks=[0, len(classes) - 1])
+        axes.set(xticklabels=[0, len(classes) - 1], yticklabels=[0, len(classes) - 1])
+        axes.set(xlabel=f"predicted, {hint}", ylabel=f"true, {hint}")
     name = row["label"] if seeds == 1 else f"{row['label']}, sum over {seeds} seeds"
     right = f"{counts.trace() / counts.sum():.1%} of {counts.sum() // seeds} {split} photos right"
     low, high = row[f"{split}_interval_95"]

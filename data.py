@@ -190,6 +190,20 @@ def load_split(directory, split, image_size, cache=".cache"):
     return Split(images, labels, files, classes, fingerprint)
 
 
+def take_photos(split, count, seed):
+    """A Split of `count` photos of each class, drawn with the seed; all of a class with fewer.
+
+    Draws of one seed are nested: the photos of a small one are among those of a large one.
+    """
+    generator, taken = torch.Generator().manual_seed(seed), []
+    for label in range(len(split.classes)):
+        own = torch.nonzero(split.labels == label)[:, 0]
+        taken.append(own[torch.randperm(len(own), generator=generator)[:count]])
+    taken = torch.cat(taken).sort().values
+    files = [split.files[index] for index in taken.tolist()]
+    return split._replace(images=split.images[taken], labels=split.labels[taken], files=files)
+
+
 def open_map(map_file, shape):
     """Return (uint8 tensor of `shape` mapped from the file, fingerprint of the photos).
 

@@ -59,7 +59,9 @@ def add_training_flags(parser):
     flag("--name", type=run_name, help="of the run and its files; made from the settings if absent")
     flag("--epochs", type=number(int, 1), default=50, help="times each photo is seen")
     flag("--batch-size", type=number(int, 1), default=[64], help="photos a step", **many)
+    flag("--train-photos", type=number(int, 0), default=0, help="at most so many a class; 0 is all")
     flag("--seed", type=number(int, 0, 2**31), default=[0], help="of all that is drawn", **many)
+    flag("--best-of-grid", action="store_true", help="take rate and batch size from the best run")
     flag("--schedule", choices=("linear", "constant"), default="linear", help="after the warm-up")
     flag("--warmup-epochs", type=number(float, 0), default=2.0, help="of linear rise to the rate")
     flag("--label-smoothing", type=number(float, 0, 1), default=0.1, help="of the cross-entropy")
@@ -91,6 +93,18 @@ def load_photos(arguments):
     fingerprint = f"{train.fingerprint[:16]}-{validation.fingerprint[:16]}"
     description = {"fingerprint": fingerprint, "classes": classes, "counts": counts}
     return Photos(train, validation, description)
+
+
+def take_photos(photos, run):
+    """The Photos of a run: those of --train-photos, or all."""
+    if not run.train_photos:
+        return photos
+    train = data.take_photos(photos.train, run.train_photos, run.seed)
+    counts = {
+        **photos.description["counts"],
+        "train": Counter(f.split("/")[0] for f in train.files),
+    }
+    return photos._replace(train=train, description={**photos.description, "counts": counts})
 
 
 def combinations(arguments):
@@ -169,16 +183,32 @@ def is_finished(run, photos):
     return "failed" in stored or checkpoint_file(run.output, run.name).exists()
 
 
+def choosing_seeds(runs):
+    """The seeds that every setting (learning rate, batch size) of `runs` has; all if none has.
+
+    Seeds that only repeat what was chosen have no say in the choice: their mean is free of the
+    optimism of having been chosen.
+    """
+    seeds = {}
+    for run in runs:
+        config = run["config"]
+        key = config["learning_rate"], config["batch_size"]
+        seeds.setdefault(key, set()).add(config["seed"])
+    return set.intersection(*seeds.values()) or set.union(*seeds.values())
+
+
 def best_setting(runs):
-    """Choose (learning rate, batch size) by best validation accuracy, mean over seeds.
+    """Choose (learning rate, batch size) by best validation accuracy, mean over choosing_seeds().
 
     Ties are broken by the lower validation loss. runs: a non-empty list of contents of runs' JSON;
     a setting of which a run has failed is not chosen unless all have.
     """
-    groups = {}
+    groups, seeds = {}, choosing_seeds(runs)
     for run in runs:
-        key = run["config"]["learning_rate"], run["config"]["batch_size"]
-        groups.setdefault(key, []).append(run["best"])
+        config = run["config"]
+        if config["seed"] in seeds:
+            key = config["learning_rate"], config["batch_size"]
+            groups.setdefault(key, []).append(run["best"])
 
     def merit(key):
         bests = groups[key]
@@ -190,23 +220,26 @@ def best_setting(runs):
     return max(sorted(groups), key=merit)
 
 
-def take_best_of_grid(arguments, photos):
+def take_best_of_grid(parser, arguments, photos):
     """A copy of `arguments` with the learning rate and batch size that the finished grid chose.
 
-    The grid: the runs in output/ that have the settings of `arguments` but for what a grid varies.
+    The grid: the runs in output/ that have the settings of `arguments` but for what a grid varies,
+    with the dropout that is the default, on all training photos.
     """
-    wanted = settings(vars(arguments), GRID_FLAGS)
+    vary = (*GRID_FLAGS, "train_photos")
+    wanted = settings(vars(arguments), vary)
     grid = [
         run
         for run in read_runs(arguments.output).values()
-        if settings(run["config"], GRID_FLAGS) == wanted
-        and run["config"]["dropout"] == 0
+        if settings(run["config"], vary) == wanted
+        and not run["config"].get("train_photos")
+        and [run["config"]["dropout"]] == parser.get_default("dropout")
         and run["data"]["fingerprint"] == photos.description["fingerprint"]
     ]
     if not grid:
         raise SystemExit(
-            f"--best-of-grid: {arguments.output} has no finished run of {arguments.model} with "
-            "these settings."
+            f"--best-of-grid: {arguments.output} has no finished run of this network with these "
+            "settings."
         )
     learning_rate, batch_size = best_setting(grid)
     chosen = {"learning_rate": [learning_rate], "batch_size": [batch_size]}

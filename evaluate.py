@@ -374,10 +374,15 @@ def spread(values):
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def model_row(runs, output):
-    """One chosen model over its seeds: accuracies with intervals, gap, cost."""
+def model_row(runs, choosing, output):
+    """One chosen model over its seeds: accuracies with intervals, gap, cost.
+
+    choosing: the seeds whose runs decided the choice. The mean over the others, `fresh`, is free of
+    the optimism of that.
+    """
     photos = sum(runs[0]["data"]["counts"]["validation"].values())
     validation = [run["best"]["validation_accuracy"] for run in runs]
+    fresh = [run for run in runs if run["config"]["seed"] not in choosing]
     evaluations = [read_evaluation(output, run["name"]) for run in runs]
     for run, evaluation in zip(runs, evaluations, strict=True):
         digest = run.get("checkpoint_sha256")  # results of an earlier version have none
@@ -395,16 +400,25 @@ def model_row(runs, output):
         "test_spread": None,
         "test_interval_95": None,
         "gap": None,
+        "fresh_seeds": [run["config"]["seed"] for run in fresh],
+        "fresh_validation_accuracy": None,
+        "fresh_test_accuracy": None,
         "parameters": runs[0]["model"]["parameters"],
         "trainable_parameters": runs[0]["model"]["trainable_parameters"],
         "seconds": mean([run["seconds"] for run in runs]),
     }
+    if fresh:
+        accuracies = [run["best"]["validation_accuracy"] for run in fresh]
+        row["fresh_validation_accuracy"] = mean(accuracies)
     if all(evaluations):
         test = [evaluation["accuracy"] for evaluation in evaluations]
         row["test_accuracy"], row["test_spread"] = mean(test), spread(test)
         photos = len(evaluations[0]["predictions"])
         row["test_interval_95"] = list(wilson_interval(mean(test), photos))
         row["gap"] = mean(validation) - mean(test)
+        if fresh:
+            of_fresh = [accuracy for run, accuracy in zip(runs, test, strict=True) if run in fresh]
+            row["fresh_test_accuracy"] = mean(of_fresh)
     return row
 
 
@@ -458,7 +472,7 @@ def add_scratch(summary, name, runs, output):
     grid = [run for run in runs if run["config"]["dropout"] == 0]
     if not grid:
         return
-    setting = engine.best_setting(grid)
+    setting, choosing = engine.best_setting(grid), engine.choosing_seeds(grid)
     chosen, with_dropout = at_setting(grid, setting), at_setting(runs, setting)
     summary["grid"] += [table_line(run, run in chosen) for run in grid]
     if chosen:
@@ -466,7 +480,7 @@ def add_scratch(summary, name, runs, output):
         summary["dropout"] += [table_line(run, run in chosen) for run in with_dropout]
     for dropout in sorted({run["config"]["dropout"] for run in with_dropout}):
         seeds = [run for run in with_dropout if run["config"]["dropout"] == dropout]
-        summary["models"].append(model_row(seeds, output))
+        summary["models"].append(model_row(seeds, choosing, output))
 
 
 def add_transfer(summary, runs, output):
@@ -474,7 +488,50 @@ def add_transfer(summary, runs, output):
     chosen = at_setting(runs, engine.best_setting(runs))
     summary["transfer"] += [table_line(run, run in chosen) for run in runs]
     if chosen:
-        summary["models"].append(model_row(chosen, output))
+        summary["models"].append(model_row(chosen, engine.choosing_seeds(runs), output))
+
+
+def add_sizes(summary, runs, output):
+    """Add the runs with --train-photos, and the slope of each network over its numbers of photos.
+
+    A network's largest size is its chosen model, if that was trained on more photos.
+    """
+    of_label = {}
+    for run in runs:
+        if run["best"] is not None:
+            of_label.setdefault(label_of(run["config"]), []).append(run)
+    chosen = {row["label"]: row["runs"][0] for row in summary["models"]}
+    everything = read_runs(output)
+    for label, members in sorted(of_label.items()):
+        if label in chosen:
+            members = [*members, everything[chosen[label]]]
+        rows = []
+        for run in members:
+            classes = run["data"]["counts"]["train"]
+            photos = sum(classes.values()) / len(classes)
+            rows.append({"photos_per_class": photos, **model_row([run], [], output)})
+        rows.sort(key=lambda row: row["photos_per_class"])
+        summary["sizes"] += rows
+        sizes = {row["photos_per_class"] for row in rows}
+        if len(sizes) > 1 and all(row["test_accuracy"] is not None for row in rows):
+            photos = np.array([row["photos_per_class"] for row in rows])
+            right = stack_photos([right_photos(output, row["runs"][0]) for row in rows])
+            summary["slopes"].append({"label": label, **slope_per_doubling(photos, right)})
+
+
+def slope_per_doubling(photos, right, draws=2000):
+    """Least-squares slope of accuracy over log2 of the number of training photos.
+
+    photos: float [sizes]; right: bool [sizes, test photos]. Returns slope and interval_95, a
+    percentile bootstrap over test photos, the same ones at all sizes. It holds for other test
+    photos, not for other seeds or training photos. Efron, Annals of Statistics 1979.
+    """
+    x = np.log2(photos) - np.log2(photos).mean()
+    of_photo = x @ right / (x @ x)  # each photo's part of the slope
+    random = np.random.default_rng(0)
+    resampled = random.choice(of_photo, (draws, len(of_photo))).mean(1)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return {"slope": float(of_photo.mean()), "interval_95": [float(low), float(high)]}
 
 
 def summarise(output):
@@ -489,24 +546,35 @@ def summarise(output):
     fingerprint = max(sorted(set(fingerprints)), key=fingerprints.count)
     study = [run for run in runs if run["data"]["fingerprint"] == fingerprint]
     study.sort(key=lambda run: (run["config"]["dropout"], run["config"]["seed"], run["name"]))
-    scratch, transfer = {}, {}
+    scratch, transfer, sizes = {}, {}, []
     for run in study:
         name = run["model"]["name"]
-        if run["kind"] == "scratch":
+        if run["config"].get("train_photos"):
+            sizes.append(run)
+        elif run["kind"] == "scratch":
             scratch.setdefault(name, []).append(run)
         else:
             case = run["config"]["unfreeze_convolutions"], name
             transfer.setdefault(case, []).append(run)
-    summary = {"grid": [], "choices": {}, "dropout": [], "transfer": [], "models": []}
+    summary = {
+        "grid": [],
+        "choices": {},
+        "dropout": [],
+        "transfer": [],
+        "models": [],
+        "sizes": [],
+        "slopes": [],
+    }
     for name, members in sorted(scratch.items()):
         add_scratch(summary, name, largest_group(members, engine.GRID_FLAGS), output)
     for _case, members in sorted(transfer.items()):
         add_transfer(summary, largest_group(members, SAME_CASE), output)
+    add_sizes(summary, sizes, output)
     summary["failed"] = [
         {"run": run["name"], "reason": run["failed"]} for run in study if "failed" in run
     ]
     lines = summary["grid"] + summary["dropout"] + summary["transfer"] + summary["failed"]
-    named = {line["run"] for line in lines}
+    named = {line["run"] for line in lines} | {row["runs"][0] for row in summary["sizes"]}
     summary["left_out"] = [run["name"] for run in runs if run["name"] not in named]
     return summary
 
@@ -549,14 +617,15 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     names, split = list(arguments.run), arguments.split or "validation"
     if arguments.best or arguments.chosen:
-        rows = summarise(arguments.output)["models"]
+        summary = summarise(arguments.output)
+        rows, sizes = summary["models"], summary["sizes"]
         if not rows:
             raise SystemExit(f"{arguments.output}/runs: no run to choose; all have failed.")
     if arguments.best:
         names.append(max(rows, key=lambda row: row["validation_accuracy"])["runs"][0])
     if arguments.chosen:
         split = arguments.split or "test"
-        names += [name for row in rows for name in row["runs"]]
+        names += [name for row in rows + sizes for name in row["runs"]]
     if not names:
         parser.error("name runs with --run, or give --best or --chosen")
     device = engine.pick_device(arguments.device)

@@ -119,11 +119,14 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     device = engine.set_up(arguments)
     photos = engine.load_photos(arguments)
+    if arguments.best_of_grid:
+        arguments = engine.take_best_of_grid(parser, arguments, photos)
     count = arguments.unfreeze_convolutions
     prefix = f"{arguments.backbone}-last{count}" if count else f"{arguments.backbone}-fc"
     views = min(arguments.views, arguments.epochs)
     features, seed_of_features, feature_seconds = None, None, 0.0
     for run in engine.unfinished_runs(parser, arguments, prefix, photos):
+        of_run = engine.take_photos(photos, run)
         torch.manual_seed(run.seed)
         model = models.build_backbone(
             run.backbone, len(photos.train.classes), run.weights, count, run.dropout
@@ -134,11 +137,11 @@ def main(argv=None):
         trained = model[cut:]  # its layers are those of `model`, under the same names
         augmentation = data.Augmentation(run.crop_scale, run.rotation, run.jitter, run.flip)
         loaders = [
-            data.Loader(photos.train, run.batch_size, device, augmentation, run.seed, views),
+            data.Loader(of_run.train, run.batch_size, device, augmentation, run.seed, views),
             data.Loader(photos.validation, engine.EVALUATION_BATCH, device),
         ]
         context = engine.autocast(device, run.precision)
-        total = views * len(photos.train.labels) + len(photos.validation.labels)
+        total = views * len(of_run.train.labels) + len(photos.validation.labels)
         needed = feature_gibibytes(frozen, total, run.image_size, device)
         if needed > run.feature_memory:
             print(
@@ -147,7 +150,7 @@ def main(argv=None):
             )
             loaders = [FrozenLoader(loader, frozen, context) for loader in loaders]
         else:
-            if run.seed != seed_of_features:  # another seed draws other views
+            if run.seed != seed_of_features:  # another seed draws other views, or photos
                 features = None  # frees the memory of the last ones
                 begin = time.perf_counter()
                 features = [
@@ -160,7 +163,7 @@ def main(argv=None):
             loaders = [
                 FeatureLoader(loader, kept) for loader, kept in zip(loaders, features, strict=True)
             ]
-        result = engine.fit(trained, *loaders, run, photos)
+        result = engine.fit(trained, *loaders, run, of_run)
         unchanged = models.is_unchanged(model, before)
         if not unchanged:
             raise SystemExit(f"{run.name}: a frozen tensor has changed; please report it")
@@ -172,7 +175,7 @@ def main(argv=None):
         engine.save_run(
             "finetune",
             run,
-            photos,
+            of_run,
             model,
             result,
             frozen_unchanged=unchanged,

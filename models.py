@@ -45,30 +45,32 @@ class PlainCNN(nn.Module):
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
 
     def block(self, index, x):
-        """Block `index` (0 to 4) before its ReLU: [B, C, H, W] -> [B, C', H / 2, W / 2]."""
-        return self.norms[index](self.pool(self.convolutions[index](x)))
+        """Block `index` (0 to 4): float [B, C, H, W] -> [B, C', H / 2, W / 2]."""
+        return F.relu(self.norms[index](self.pool(self.convolutions[index](x))))
 
     def forward(self, images):
         x = images
         for index in range(5):
-            x = F.relu(self.block(index, x))
+            x = self.block(index, x)
         x = x.mean((2, 3))  # global average: [B, 384]
         x = F.relu(self.fc1(self.dropout(x)))
         return self.fc2(self.dropout(x))
 
 
 class ResidualCNN(PlainCNN):
-    """PlainCNN with an identity skip around every block but the first, and nothing else changed.
+    """PlainCNN with a skip around every block but the first, and nothing else changed.
 
     He et al., "Deep residual learning for image recognition", CVPR 2016, with their option A,
-    which has no parameters: the skip is pooled like the block, and zero in the added channels.
+    which has no parameters: the skip is zero in the added channels. It is pooled by the average
+    and added after the ReLU, so that what it carries is neither the largest value alone nor cut
+    off; pooled by the maximum and added before the ReLU it costs a point (results/EXPERIMENTS.md).
     """
 
     def block(self, index, x):
         y = super().block(index, x)
         if index == 0:  # three colours are no features yet
             return y
-        return y + F.pad(self.pool(x), (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
+        return y + F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
 
 
 SCRATCH = {"plain": PlainCNN, "residual": ResidualCNN}

@@ -7,6 +7,7 @@ Training is dashed orange, validation solid blue with filled circles, test vermi
 squares: safe for colour-blind readers (Okabe-Ito) and in grey print. Intervals are Wilson's, 95%.
 """
 
+import itertools
 import math
 import textwrap
 from pathlib import Path
@@ -123,6 +124,37 @@ def draw_curves(path, who, lines, runs, column_key, row_key, headings):
     save(figure, path, title, TRAINING, VALIDATION)
 
 
+def draw_overlay(path, model, lines, runs):
+    """Validation accuracy and loss of all settings of one network, over each other.
+
+    The lines of the first seed, named below, best first.
+    """
+    lines = [seeds[0] for seeds in group(lines, *SETTING).values()]
+    lines = [line for line in lines if line["epoch"] is not None]  # not those that failed
+    lines.sort(key=lambda line: -line["validation_accuracy"])
+    figure = Figure(figsize=(1.25 * WIDTH, 4.6))
+    axes = figure.subplots(1, 2)
+    rates = sorted({line["learning_rate"] for line in lines})
+    batches = sorted({line["batch_size"] for line in lines})
+    for panel, measure in zip(axes, ("accuracy", "loss"), strict=True):
+        for line in lines:
+            history = runs[line["run"]]["history"]
+            values = np.array([epoch[f"validation_{measure}"] for epoch in history], float)
+            panel.plot(
+                range(1, len(values) + 1),
+                values,
+                color=f"C{rates.index(line['learning_rate'])}",
+                linestyle=("-", "--", ":", "-.")[batches.index(line["batch_size"]) % 4],
+                linewidth=2 if line["chosen"] else 1,
+                label=f"{line['validation_accuracy']:.1%}  {setting_name(line)}",
+            )
+        panel.set(xlabel="epoch", ylabel=f"validation {measure}")
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    figure.legend(handles=axes[0].get_lines(), loc="outside lower center", ncols=2, fontsize=9)
+    save(figure, path, f"{model}: all settings; best validation accuracy of each, best first")
+
+
 def draw_cells(panel, shades, texts, rows, columns, size=10):
     """A table of `texts` {(row, column): text}; the higher the shade (0..1), the darker a cell."""
     panel.imshow(shades, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -218,6 +250,33 @@ def draw_confusion(path, row, evaluations):
     right = f"{counts.trace() / counts.sum():.1%} of {counts.sum() // seeds} {split} photos right"
     low, high = row[f"{split}_interval_95"]
     save(figure, path, f"{name}\n{right} (95% interval {low:.1%} to {high:.1%})")
+
+
+def draw_sizes(path, sizes):
+    """Test accuracy over training photos a class, a line for each network, 95% intervals."""
+    figure = Figure(figsize=(WIDTH, 5.5))
+    axes = figure.subplots()
+    marks = itertools.cycle("os^Dvp*X")
+    for number, ((label,), rows) in enumerate(group(sizes, "label").items()):
+        photos = np.array([row["photos_per_class"] for row in rows])
+        accuracy = np.array([row["test_accuracy"] for row in rows])
+        low, high = np.array([row["test_interval_95"] for row in rows]).T
+        axes.errorbar(
+            photos * 1.015**number,  # beside each other
+            100 * accuracy,
+            [100 * (accuracy - low), 100 * (high - accuracy)],
+            marker=next(marks),
+            label=label,
+            linewidth=1.2,
+            capsize=2,
+        )
+    axes.set_xscale("log", base=2)
+    shown = sorted({round(row["photos_per_class"]) for row in sizes})
+    axes.set_xticks(shown, shown)
+    axes.set(xlabel="training photos a class", ylabel="test accuracy, %")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
+    save(figure, path, "How many photos does it take? With 95% intervals over test photos")
 
 
 def read_photo(path):
@@ -323,6 +382,7 @@ def draw_all(output, data):
     settings = {line["run"]: setting_name(line) for line in grid}
     for (model,), lines in group(grid, "model").items():
         draw_curves(figures / f"curves_{model}.png", model, lines, runs, *SETTING, settings)
+        draw_overlay(figures / f"settings_{model}.png", model, lines, runs)
     if grid:
         draw_grid(figures / "grid_heatmap.png", grid)
     cases = group(summary["dropout"], "model", "dropout")
@@ -336,6 +396,9 @@ def draw_all(output, data):
         rows = [(labels[name], row_of[name]) for name in names]
         draw_dots(figures / "transfer.png", "Fine-tuning pre-trained networks", rows)
         draw_curves(figures / "curves_transfer.png", "Fine-tuning", chosen, runs, *CASE, labels)
+    sizes = [row for row in summary.get("sizes", []) if row["test_accuracy"] is not None]
+    if sizes:
+        draw_sizes(figures / "sizes.png", sizes)
     ranked = sorted(models, key=lambda row: -row["validation_accuracy"])
     if ranked:
         text = "{label}\n{parameters:,} parameters, {trainable_parameters:,} trained"

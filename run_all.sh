@@ -27,7 +27,8 @@ BACKBONES=${BACKBONES:-mobilenet_v2 mobilenet_v3_small shufflenet_v2_x1_0}
 WEIGHTS=${WEIGHTS:-IMAGENET1K_V1}               # of the backbones; none trains on random features
 FC_LEARNING_RATES=${FC_LEARNING_RATES:-0.001 0.003 0.01 0.03}
 LAST2_LEARNING_RATES=${LAST2_LEARNING_RATES:-0.0003 0.001 0.003} # they overfit sooner
-SEEDS=${SEEDS:-0}                               # several: mean and spread in every table
+SEEDS=${SEEDS:-0}                               # the first chooses, others repeat what was chosen
+TRAIN_PHOTOS=${TRAIN_PHOTOS:-}                   # a class, several: how many photos does it take?
 JOBS=${JOBS:-}                                  # commands at a time; one a processor, 4 on GPUs
 DEVICE=${DEVICE:-auto}                          # auto, cuda, mps or cpu
 export PYTHON=${PYTHON:-python3}
@@ -69,7 +70,7 @@ fi
 # the numbers do not depend on how many there are.
 quote() { printf "'%s'" "${1//\'/\'\\\'\'}"; }  # a path may hold spaces
 common() {
-  echo "--data $(quote "$DATA") --output $(quote "$OUT") --epochs $EPOCHS --seed $SEEDS" \
+  echo "--data $(quote "$DATA") --output $(quote "$OUT") --epochs $EPOCHS" \
     "--device $(quote "$DEVICE") --threads 1"
 }
 scratch() { echo "python train_scratch.py --image-size $IMAGE_SIZE $(common) --model $*"; }
@@ -77,24 +78,43 @@ transfer() {
   echo "python finetune.py --image-size $FINETUNE_IMAGE_SIZE $(common)" \
     "--weights $(quote "$WEIGHTS") --backbone $*"
 }
-first_commands() {
+read -r FIRST_SEED OTHER_SEEDS <<< "$SEEDS"
+grid_commands() {  # the first seed's
   # Part 2: the last layer alone, then with the last two convolutions; every learning rate.
+  local seed="--seed $FIRST_SEED"
   for backbone in $BACKBONES; do
-    transfer "$backbone --unfreeze-convolutions 0 --learning-rate $FC_LEARNING_RATES"
-    transfer "$backbone --unfreeze-convolutions 2 --learning-rate $LAST2_LEARNING_RATES"
+    transfer "$backbone --unfreeze-convolutions 0 --learning-rate $FC_LEARNING_RATES $seed"
+    transfer "$backbone --unfreeze-convolutions 2 --learning-rate $LAST2_LEARNING_RATES $seed"
   done
   # Part 1: both networks x batch sizes x learning rates.
   for model in $MODELS; do for batch in $BATCH_SIZES; do
-    scratch "$model --batch-size $batch --learning-rate $LEARNING_RATES"
+    scratch "$model --batch-size $batch --learning-rate $LEARNING_RATES $seed"
   done; done
 }
-dropout_commands() {  # on the best of each network, which the finished grid tells
-  for model in $MODELS; do scratch "$model --best-of-grid --dropout $DROPOUTS"; done
+chosen_commands() {  # on the best of each network, which the finished grid tells
+  local photos
+  for photos in $TRAIN_PHOTOS; do
+    for model in $MODELS; do
+      scratch "$model --best-of-grid --train-photos $photos --seed $FIRST_SEED"
+    done
+    for backbone in $BACKBONES; do for count in 0 2; do
+      transfer "$backbone --best-of-grid --unfreeze-convolutions $count" \
+        "--train-photos $photos --seed $FIRST_SEED"
+    done; done
+  done
+  for model in $MODELS; do
+    scratch "$model --best-of-grid --dropout $DROPOUTS --seed $SEEDS"
+  done
+  [[ $OTHER_SEEDS ]] || return 0
+  for backbone in $BACKBONES; do for count in 0 2; do
+    transfer "$backbone --best-of-grid --unfreeze-convolutions $count --seed $OTHER_SEEDS"
+  done; done
+  for model in $MODELS; do scratch "$model --best-of-grid --seed $OTHER_SEEDS"; done
 }
 
 lacks() { ! "$1" -c 'import sys; from importlib.util import find_spec as find
 sys.exit(not all(map(find, ("torch", "torchvision", "matplotlib", "numpy"))))' 2> /dev/null; }
-all_commands() { first_commands; dropout_commands; }
+all_commands() { grid_commands; chosen_commands; }
 check() { "$PYTHON" tools/check_commands.py "$@"; }  # before any work; prints what it counts
 if [[ $LIST ]]; then
   lacks "$PYTHON" || all_commands | check > /dev/null
@@ -212,11 +232,11 @@ train() {
   tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" $slot bash -c 'set -o pipefail; train_line "$1"' _ 2> /dev/null
 }
 share() { awk -v share="${SHARE%/*}" -v shares="${SHARE#*/}" 'NR % shares == share % shares'; }
-for commands in first_commands dropout_commands; do
-  if [[ $SHARE && $commands == dropout_commands ]]; then
-    unfinished=$(first_commands | check --unfinished) || exit 1
+for commands in grid_commands chosen_commands; do
+  if [[ $SHARE && $commands == chosen_commands ]]; then
+    unfinished=$(grid_commands | check --unfinished) || exit 1
     (( unfinished == 0 )) ||
-      { echo "dropout waits for $unfinished runs of other shares: call again then"; exit 0; }
+      { echo "the rest waits for $unfinished runs of other shares: call again then"; exit 0; }
   fi
   run train < <($commands | if [[ $SHARE ]]; then share; else cat; fi) || {
     cat "$FAILED" >&2

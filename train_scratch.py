@@ -37,7 +37,6 @@ def build_parser():
     flag("--jitter", type=share, default=0.3, help="largest change of colours, as a fraction")
     flag("--flip", type=share, default=0.5, help="probability of a mirrored photo")
     flag("--cutmix", type=share, default=0.5, help="probability that a batch is mixed by CutMix")
-    flag("--best-of-grid", action="store_true", help="take rate and batch size from the best run")
     return parser
 
 
@@ -47,16 +46,17 @@ def main(argv=None):
     device = engine.set_up(arguments)
     photos = engine.load_photos(arguments)
     if arguments.best_of_grid:
-        arguments = engine.take_best_of_grid(arguments, photos)
+        arguments = engine.take_best_of_grid(parser, arguments, photos)
     for run in engine.unfinished_runs(parser, arguments, arguments.model, photos):
+        of_run = engine.take_photos(photos, run)
         torch.manual_seed(run.seed)
         model = models.SCRATCH[run.model](len(photos.train.classes), run.dropout)
         model.to(device, memory_format=torch.channels_last)
         augmentation = data.Augmentation(run.crop_scale, run.rotation, run.jitter, run.flip)
-        train_loader = data.Loader(photos.train, run.batch_size, device, augmentation, run.seed)
+        train_loader = data.Loader(of_run.train, run.batch_size, device, augmentation, run.seed)
         validation_loader = data.Loader(photos.validation, engine.EVALUATION_BATCH, device)
-        result = engine.fit(model, train_loader, validation_loader, run, photos)
-        engine.save_run("scratch", run, photos, model, result)
+        result = engine.fit(model, train_loader, validation_loader, run, of_run)
+        engine.save_run("scratch", run, of_run, model, result)
 
 
 if __name__ == "__main__":

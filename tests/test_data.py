@@ -239,6 +239,16 @@ def test_flip_rotation_and_brightness_do_what_they_say(theta, color, expected):
     torch.testing.assert_close(augmented, data.normalise(expected(images)), atol=1e-4, rtol=0)
 
 
+def test_fewer_training_photos_are_drawn_of_each_class_and_nested(photos):
+    split = data.load_split(photos, "train", 32)
+    few, more, all_of_them = (data.take_photos(split, count, 0) for count in (3, 8, 99))
+    assert few.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert set(few.files) < set(more.files) < set(all_of_them.files) == set(split.files)
+    place = split.files.index(few.files[4])
+    assert torch.equal(few.images[4], split.images[place])
+    assert data.take_photos(split, 3, 1).files != few.files
+
+
 # What is not as it should be
 
 

@@ -212,6 +212,42 @@ def test_the_choice_is_by_mean_validation_accuracy_then_loss():
     assert engine.best_setting([failed, other_seed, fake(2, 32, 0.5, 1)]) == (2, 32)
 
 
+def test_seeds_that_repeat_the_choice_have_no_say_in_it(photos):
+    grid = [fake(0.1, 32, 0.6, 1), fake(0.2, 32, 0.5, 1)]
+    repeats = [fake(0.1, 32, 0.2, 1, seed=seed) for seed in (1, 2)]
+    assert engine.choosing_seeds(grid + repeats) == {0}
+    assert engine.best_setting(grid + repeats) == (0.1, 32)
+    train(photos, *ONE_EPOCH, "--learning-rate", "0.01", "0.02")
+    train(photos, *ONE_EPOCH, "--best-of-grid", "--seed", "1", "2")
+    [row] = choose(photos)["models"]
+    assert row["seeds"] == [0, 1, 2] and row["fresh_seeds"] == [1, 2]
+    runs = common.read_runs("results")
+    expected = np.mean([runs[name]["best"]["validation_accuracy"] for name in row["runs"][1:]])
+    assert row["fresh_validation_accuracy"] == pytest.approx(expected)
+    accuracies = [evaluate.read_evaluation("results", name)["accuracy"] for name in row["runs"][1:]]
+    assert row["fresh_test_accuracy"] == pytest.approx(np.mean(accuracies))
+
+
+def test_the_slope_per_doubling_is_that_of_the_accuracies():
+    random = np.random.default_rng(0)
+    ease, sizes = random.random(4000), np.array([25, 50, 100, 200])
+    right = np.array([ease < 0.3 + 0.05 * np.log2(size / 25) for size in sizes])
+    found = evaluate.slope_per_doubling(sizes, right)
+    low, high = found["interval_95"]
+    assert found["slope"] == pytest.approx(np.polyfit(np.log2(sizes), right.mean(1), 1)[0])
+    assert low < found["slope"] < high and 0.004 < high - low < 0.02
+
+
+def test_runs_on_fewer_photos_stand_apart_with_their_slope(photos):
+    train(photos, *ONE_EPOCH, "--learning-rate", "0.01", "0.02")
+    for count in ("4", "7"):
+        train(photos, *ONE_EPOCH, "--best-of-grid", "--train-photos", count)
+    summary = choose(photos)
+    assert [row["photos_per_class"] for row in summary["sizes"]] == [4, 7, 14]
+    assert len(summary["models"]) == 1 and len(summary["grid"]) == 2 and not summary["left_out"]
+    assert [line["label"] for line in summary["slopes"]] == ["plain CNN"]
+
+
 def test_of_equally_good_models_the_first_is_taken():
     rows = [
         {"kind": "scratch", "label": label, "validation_accuracy": accuracy}

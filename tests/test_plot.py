@@ -14,6 +14,8 @@ FIGURES = {
     "curves_plain",
     "curves_residual",
     "curves_transfer",
+    "settings_plain",
+    "settings_residual",
     "grid_heatmap",
     "dropout",
     "transfer",
@@ -150,7 +152,7 @@ def test_failed_runs_are_shown_as_failed(tmp_path, figures):
         more = {"learning_rate": 0.9, "chosen": False}
         summary["grid"].append(write_run(tmp_path, name, model, None, epochs, **more))
     write(tmp_path / "summary.json", {**summary, "failed": [{"run": "lost", "reason": "NaN"}]})
-    assert draw(tmp_path) == FIGURES | {"curves_other"}
+    assert draw(tmp_path) == FIGURES | {"curves_other", "settings_other"}
     assert text(figures["grid_heatmap"]).count("failed") == 2
     assert "failed" in text(figures["curves_plain"]) and "failed" in text(figures["curves_other"])
 
@@ -176,7 +178,8 @@ def test_mistakes_are_shown_upright_where_the_photos_are(tmp_path, figures):
 def test_stages_that_have_not_run_are_skipped(tmp_path, capsys):
     summary = write_study(tmp_path)
     write(tmp_path / "summary.json", {**summary, "transfer": [], "dropout": [], "models": []})
-    assert draw(tmp_path) == {"curves_plain", "curves_residual", "grid_heatmap"}
+    names = ("curves_plain", "curves_residual", "settings_plain", "settings_residual")
+    assert draw(tmp_path) == {*names, "grid_heatmap"}
     assert capsys.readouterr().out.count("skipped") == 3
 
 
@@ -211,3 +214,19 @@ def test_a_model_name_that_leads_elsewhere_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="leads out of the folder"):
         plot.main(["--output", str(tmp_path / "results")])
     assert [entry.name for entry in tmp_path.iterdir()] == ["results"]
+
+
+def test_accuracy_over_the_number_of_photos_is_one_line_a_network(tmp_path, figures):
+    rows = [
+        {
+            "label": label,
+            "photos_per_class": photos,
+            "test_accuracy": 0.5,
+            "test_interval_95": [0.4, 0.6],
+        }
+        for label in ("plain CNN", "mobilenet_v2, FC only")
+        for photos in (25, 50, 99.6)
+    ]
+    plot.draw_sizes(tmp_path / "sizes.png", rows)
+    shown = text(figures["sizes"])
+    assert "plain CNN" in shown and "mobilenet_v2, FC only" in shown and "100" in shown

@@ -51,6 +51,17 @@ def test_equal_models_are_as_accurate_and_pairs_not_compared_are_not_mentioned()
     assert report.describe_pair({"comparisons": []}, "plain CNN", "another") == ""
 
 
+def test_a_table_of_comparisons_says_what_is_decided():
+    line = {"interval_95": [-0.09, -0.01], "p_value": 0.02, "different": True, "difference": -0.05}
+    lines = [{**line, "a": "A", "b": "B"}, {**line, "a": "A", "b": "C", "different": False}]
+    text = report.compare_pairs({"comparisons": lines}, [("B", "A"), ("A", "C"), ("A", "A")])
+    assert "Decided by the paired tests: B is better than A. The others are not decided" in text
+    assert "| B | A         | +5.0          | +1.0 to +9.0 | 0.02 | yes     |" in text
+    text = report.compare_pairs({"comparisons": lines[1:]}, [("A", "C")])
+    assert "None of these comparisons is decided" in text
+    assert report.compare_pairs({"comparisons": []}, [("A", "C")]) == ""
+
+
 def test_reference_study_keeps_its_numbers(study):
     text = write(study)
     for claim in (

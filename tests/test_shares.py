@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from common import read_runs
+from common import read_json, read_runs
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_shares_train_everything_once_and_leave_evaluation_to_a_plain_call(clone
         assert result.returncode == 0, result.stdout + result.stderr
         printed.append(result.stdout)
         trained.append(set(read_runs(clone / "out")))
-    assert "dropout waits for 3 runs of other shares" in printed[0]
+    assert "the rest waits for 3 runs of other shares" in printed[0]
     assert [len(names) for names in trained] == [4, 4 + 3 + 1, 4 + 3 + 2]
     assert all("a plain bash run_all.sh evaluates" in text for text in printed[1:])
     assert not (clone / "out/summary.json").exists()
@@ -93,7 +93,8 @@ def test_the_three_lines_of_the_readme_run_the_study_in_slurm(clone, slurm):  # 
     lines = "\n".join(re.findall(r"^.*\bsbatch .*$", (ROOT / "README.md").read_text(), re.M))
     assert lines.count("sbatch") == 3
     lines = lines.replace("--gpus=1 ", "")  # this node has none
-    settings = environment({**SETTINGS, "JOBS": "1", "SEEDS": "0"}) | slurm
+    study = {**SETTINGS, "JOBS": "1", "SEEDS": "0 1", "TRAIN_PHOTOS": "7"}
+    settings = environment(study) | slurm
     subprocess.run(["bash", "-ec", lines], cwd=clone, env=settings, check=True)
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
@@ -103,4 +104,7 @@ def test_the_three_lines_of_the_readme_run_the_study_in_slurm(clone, slurm):  # 
         time.sleep(2)
     logs = "".join(path.read_text() for path in clone.glob("slurm-*.out"))
     assert (clone / "out/report.pdf").exists(), logs[-3000:]
-    assert len(read_runs(clone / "out")) == 3 + 4 + 2
+    summary, report = read_json(clone / "out/summary.json"), (clone / "out/report.md").read_text()
+    assert {len(row["seeds"]) for row in summary["models"]} == {2}
+    assert all(row["fresh_seeds"] == [1] for row in summary["models"])
+    assert len(summary["slopes"]) == 4 and "figures/sizes.png" in report

@@ -76,9 +76,37 @@ def describe_pair(summary, a, b):
 p = {line["p_value"]:.2g}, {line.get("method", "exact McNemar test")}), so {verdict}."""
 
 
-def describe_pairs(summary, pairs):
-    sentences = [describe_pair(summary, *pair) for pair in pairs]
-    return " ".join(sentence for sentence in sentences if sentence)
+def compare_pairs(summary, pairs):
+    """What the paired tests decide of some pairs (a, b) of models: sentences, and a table."""
+    rows, better, worse, open_pairs = [], [], [], 0
+    for a, b in pairs:
+        lines = [line for line in summary["comparisons"] if {line["a"], line["b"]} == {a, b}]
+        if a == b or not lines:
+            continue
+        [line] = lines
+        sign = 100 if line["a"] == a else -100
+        difference = sign * line["difference"] + 0.0
+        low, high = sorted(sign * bound + 0.0 for bound in line["interval_95"])  # no "-0.0"
+        decided = "yes" if line["different"] else "no"
+        interval = f"{low:+.1f} to {high:+.1f}"
+        rows.append((a, b, f"{difference:+.1f}", interval, f"{line['p_value']:.2g}", decided))
+        if not line["different"]:
+            open_pairs += 1
+        elif difference > 0:
+            better.append(f"{a} is better than {b}")
+        else:
+            worse.append(f"{a} is worse than {b}")
+    if not rows:
+        return ""
+    found, verdict = better + worse, "None of these comparisons is decided by this study."
+    if found:
+        others = " The others are not decided by this study." if open_pairs else ""
+        verdict = f"Decided by the paired tests: {listing(found)}.{others}"
+    head = "a", "against b", "a - b, points", "95% interval", "p", "decided"
+    method = summary["comparisons"][0].get("method", "exact McNemar test")
+    return f"""{verdict}
+
+{table(head, rows, f"Differences in test accuracy on the same photos; {method}.")}"""
 
 
 def results_table(rows, caption):
@@ -137,9 +165,9 @@ first convolution and the last layer"""
 A block is convolution, 2 x 2 max pooling, batch normalisation and ReLU, five times; the mean over
 all positions goes into the fully connected layers. ReLU costs next to nothing and does not
 saturate; batch normalisation keeps the scale of each channel steady, so that a high learning rate
-works. The residual network adds the pooled input of a block to its output, from the second block
-on, with zeros for the channels that are new. A skip has no parameters: both networks have the same
-layers and the same start.
+works. The residual network adds the input of a block, pooled by the average, to its output, from
+the second block on, with zeros for the channels that are new. A skip has no parameters: both
+networks have the same layers and the same start.
 
 The loss is cross-entropy with label smoothing {config["label_smoothing"]:g}. The optimizer is
 {optimizer}. The learning rate rises over {config["warmup_epochs"]:g} epochs, then {end}. Each photo
@@ -205,6 +233,8 @@ nine tenths of its best accuracy in epoch {early} of {len(history)}. In the last
 on {last["train_accuracy"]:.1%} of the training photos, distorted and mixed as they are there, and
 on {last["validation_accuracy"]:.1%} of the validation photos. Its validation loss {judgement}.
 
+![The {model} network, all settings over each other.](<figures/settings_{model}.png>)
+
 ![The {model} network, all settings.](<figures/curves_{model}.png>)"""
 
 
@@ -235,7 +265,7 @@ def scratch(summary):
 
 Chosen as the best of many epochs and settings on few photos, a model looks better on validation
 than it is; the gap to the test accuracy says by how much.
-{describe_pairs(summary, pairs)}"""
+{compare_pairs(summary, pairs)}"""
     if not dropouts:
         return written
     pairs = [(label, label.split(", dropout ")[0]) for label in dropouts]
@@ -246,7 +276,7 @@ than it is; the gap to the test accuracy says by how much.
 Dropout acts on the input of both fully connected layers, where every unit sees the whole photo and
 units can come to rely on each other. The convolutions have none: batch normalisation and the
 distorted photos regularise them already.
-{describe_pairs(summary, pairs)}
+{compare_pairs(summary, pairs)}
 
 {results_table(rows, "Without and with dropout, at the setting chosen without.")}
 
@@ -312,11 +342,36 @@ photo.
 
 {results_table(rows, f"The best learning rate of each by validation; {listing(sorted(starts))}.")}
 
-{describe_pairs(summary, pairs)}
+{compare_pairs(summary, pairs)}
 
 ![Fine-tuned networks, with 95% intervals.](<figures/transfer.png>)
 
 ![Fine-tuning, learning curves.](<figures/curves_transfer.png>)"""
+
+
+def sizes(summary):
+    """What more training photos are worth; "" if that was not measured."""
+    if not summary.get("slopes"):
+        return ""
+    lines, found = [], []
+    for row in summary["slopes"]:
+        low, high = (100 * value for value in row["interval_95"])
+        slope = 100 * row["slope"]
+        lines.append((row["label"], f"{slope:+.1f}", f"{low:+.1f} to {high:+.1f}"))
+        if low > 0 or high < 0:
+            found.append(row["label"])
+    own = [row for row in summary["sizes"] if row["label"] == summary["slopes"][0]["label"]]
+    counts = listing([f"{row['photos_per_class']:.0f}" for row in own])
+    decided = f"It is settled for {listing(found)}." if found else "For none of them is it settled."
+    return f"""## How many photos does it take?
+
+What twice as many photos are worth, from {counts} photos a class. {decided} The intervals hold for
+other test photos, not for other seeds; one more doubling may be worth as much, what lies beyond it
+these numbers do not say.
+
+{table(("network", "points per doubling", "95% interval"), lines, "A straight line in log photos.")}
+
+![Test accuracy over the number of training photos a class.](<figures/sizes.png>)"""
 
 
 def conclusion(summary, runs, best):
@@ -382,6 +437,7 @@ def write_report(output):
     if "finetune" in best:
         parts.append(transfer(summary, runs))
         parts.append(errors(best["finetune"], output, "Where it errs: fine-tuned"))
+    parts.append(sizes(summary))
     parts.append(conclusion(summary, runs, best))
     blocks = []
     # A blank line ends a block, but not within a function, where indented code follows.
@@ -419,7 +475,7 @@ def set_pages(blocks, folder, file):
         room, look = LOOKS[start]
         if start == "![":
             picture = Image.open(folder / re.search("<(.*)>", block)[1]).convert("RGB")
-            width = min(WIDTH, 6 * picture.width / picture.height)  # at most 6 inches high
+            width = min(WIDTH, 4.6 * picture.width / picture.height)  # at most 4.6 inches high
             height = width * picture.height / picture.width
             lines, room = [picture], height + 0.6  # with its caption
         elif start == "| ":  # as large as fits; a letter of this font is 0.602 of its size wide

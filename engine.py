@@ -774,10 +774,11 @@ def study_progress(output):
 
 
 def environment(run):
-    """Versions and the name of the device, for the run's JSON."""
+    """Versions, the name of the device and the date, for the run's JSON."""
     device = pick_device(run.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
+        "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": version("torchvision"),

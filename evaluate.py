@@ -592,11 +592,14 @@ def format_accuracy(row, split):
 def print_summary(summary):
     """The chosen models as a table, then what failed or does not belong to the study."""
     width = max((len(row["label"]) for row in summary["models"]), default=12)
-    print(f"{'chosen model':{width}}  {'validation [95%]':30}  {'test [95%]':30}  gap")
+    head = f"{'chosen model':{width}}  {'validation [95%]':30}  {'test [95%]':30}  gap"
+    print(f"{head}   fresh seeds" if any(row["fresh_seeds"] for row in summary["models"]) else head)
     for row in summary["models"]:
         gap = "" if row["gap"] is None else f"{100 * row['gap']:+.1f}"
         validation, test = format_accuracy(row, "validation"), format_accuracy(row, "test")
-        print(f"{row['label']:{width}}  {validation:30}  {test:30}  {gap}")
+        mean_of_fresh = row["fresh_test_accuracy"]
+        fresh = "" if mean_of_fresh is None else f"{mean_of_fresh:.1%}"
+        print(f"{row['label']:{width}}  {validation:30}  {test:30}  {gap:5} {fresh}".rstrip())
     for failure in summary["failed"]:
         print(f"failed: {failure['run']}, {failure['reason']}")
     if summary["left_out"]:

@@ -211,7 +211,7 @@ STUDY_START=$(date +%s)
 FAILED=$(mktemp)
 trap 'rm -f "$FAILED"' EXIT
 export OUT GPUS STUDY_RUNS STUDY_START FAILED
-python() { "$PYTHON" "$@"; }
+python() { command "$PYTHON" "$@"; }  # also if it is called python
 train_line() {  # the first command that fails ends the others, which go on at the next call
   if (( GPUS > 1 )); then
     IFS=, read -ra visible <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((GPUS - 1)))}"

@@ -17,7 +17,7 @@ trap 'rm -rf "$folder"' EXIT
 limit() {  # seconds, command
   local seconds=$1
   shift
-  timeout --signal=INT "$seconds" "$@" || echo "(not all: cut off after $seconds s, or failed)"
+  timeout --signal=INT --kill-after=3 "$seconds" "$@" || echo "(not all: cut off after $seconds s, or failed)"
 }
 utilisation() {  # one number a second, until it is stopped
   nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader,nounits --loop=1
@@ -25,7 +25,7 @@ utilisation() {  # one number a second, until it is stopped
 
 echo "## GPU"
 echo
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2> /dev/null || echo "no nvidia-smi"
 "$PYTHON" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
 echo "$(nproc) processors; photos: $(find -L "$DATA" -type f | wc -l)"
 

@@ -193,7 +193,8 @@ def load_split(directory, split, image_size, cache=".cache"):
 def take_photos(split, count, seed):
     """A Split of `count` photos of each class, drawn with the seed; all of a class with fewer.
 
-    Draws of one seed are nested: the photos of a small one are among those of a large one.
+    Draws of one seed are nested: the photos of a small one are among those of a large one. What is
+    drawn is copied into memory.
     """
     generator, taken = torch.Generator().manual_seed(seed), []
     for label in range(len(split.classes)):
@@ -274,7 +275,6 @@ def write_map(root, files, image_size, map_file):
                 f"unreadable photo {unreadable[0]}, {len(unreadable)} in all: remove or replace "
                 f"what `python tools/prepare.py --data {root.parent}` lists"
             )
-        os.replace(pixels_file, map_file)
     except OSError as error:
         raise SystemExit(
             f"{map_file}: cannot be written ({error.strerror or error}). Free some space or choose "
@@ -283,9 +283,10 @@ def write_map(root, files, image_size, map_file):
     fingerprint = hashlib.sha256()
     for name, digest in zip(files, digests, strict=True):
         fingerprint.update(os.fsencode(name) + digest)
-    whole = np.memmap(map_file, np.uint8, "r").reshape(len(files), -1)
+    whole = np.memmap(pixels_file, np.uint8, "r").reshape(len(files), -1)
     description = {"fingerprint": fingerprint.hexdigest(), "pixels": checksum_pixels(whole)}
     write_json(map_file.with_suffix(".json"), description)
+    os.replace(pixels_file, map_file)  # the last step: cut off before it, all photos are kept
     digests_file.unlink()
 
 

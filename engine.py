@@ -241,7 +241,7 @@ def take_best_of_grid(parser, arguments, photos):
             f"--best-of-grid: {arguments.output} has no finished run of this network with these "
             "settings."
         )
-    learning_rate, batch_size = best_setting(grid)
+    learning_rate, batch_size = of_first_process(best_setting(grid))
     chosen = {"learning_rate": [learning_rate], "batch_size": [batch_size]}
     return argparse.Namespace(**{**vars(arguments), **chosen})
 
@@ -475,9 +475,9 @@ def train_step(model, optimizers, inputs, labels, square, factor, weight, run, c
     """One step -> loss, float [], and number of right answers, int64 [], both on the device.
 
     inputs: float [B, ...], labels: int64 [B], square: int64 [4] of CutMix or None, factor: float []
-    that the learning rates are multiplied by, weight: of the loss, a number. All of these are
-    tensors on the device and nothing is read from them here, so that no step waits for one before
-    it, and the step could be captured in a CUDA graph.
+    that the learning rates are multiplied by, weight: of the loss, a number, 1 in a single process.
+    All others are tensors on the device and nothing is read from them here, so that no step waits
+    for one before it, and the step could be captured in a CUDA graph.
     """
     for group in parameter_groups(optimizers):
         group["lr"] = group["highest_lr"] * factor
@@ -577,7 +577,7 @@ def fit(model, train_loader, validation_loader, run, photos):
     context, optimizers = autocast(train_loader.device, run.precision), build_optimizers(model, run)
     file = checkpoint_file(run.output, run.name).with_suffix(".unfinished")
     belongs_to = [settings(vars(run)), photos.description["fingerprint"], str(torch.__version__)]
-    stored = read_state(file, belongs_to)
+    stored = of_first_process(read_state(file, belongs_to) if rank == 0 else None)
     history, best, best_state, seconds = [], None, None, 0.0
     if stored is not None:
         history, best, best_state = stored["history"], stored["best"], stored["best_state"]
@@ -600,8 +600,10 @@ def fit(model, train_loader, validation_loader, run, photos):
                 f"{run.name}: out of memory on {train_loader.device}. Choose a smaller "
                 "--batch-size or --image-size, or fewer runs at a time (JOBS)."
             ) from None
-        except RuntimeError as error:  # what the gradients' exchange raises when a process ends
-            if count == 1:
+        except RuntimeError as error:
+            # What the gradients' exchange raises when another process has ended; gloo has no type
+            # of its own for it.
+            if count == 1 or not re.search("gloo|NCCL|onnection|peer", str(error)):
                 raise
             raise SystemExit(
                 f"{run.name}: a process of this torchrun has ended ({str(error).splitlines()[0]}). "

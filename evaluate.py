@@ -27,6 +27,7 @@ import models
 
 METRICS_FORMAT = 1  # raise it when an evaluation says more, so that old ones are made again
 # What transfer runs of one network and one case differ in.
+SAME_SIZES = ("train_photos", "seed", "threads")  # what runs on fewer photos may differ in
 SAME_CASE = ("learning_rate", "batch_size", "seed", "threads")
 
 
@@ -166,8 +167,12 @@ def load_model(output, name, device):
         known = ", ".join(p.stem for p in sorted(path.parent.glob("*.pt"))) or "none"
         raise SystemExit(f"no checkpoint {path}. Finished runs there: {known}.")
     content = path.read_bytes()
+    run = read_json(Path(output, "runs", f"{name}.json"))
     damaged = f"{path} is damaged, or of another models.py: delete it and train again."
-    stored = read_json(Path(output, "runs", f"{name}.json")).get("checkpoint_sha256")
+    stored = run.get("checkpoint_sha256")
+    config = run.get("config", {})
+    if config.get("model") == "residual" and "train_photos" not in config:
+        raise SystemExit(f"{path} is of an earlier residual network: delete it and train again.")
     if stored not in (None, hashlib.sha256(content).hexdigest()):
         raise SystemExit(damaged)
     try:
@@ -494,22 +499,20 @@ def add_transfer(summary, runs, output):
 def add_sizes(summary, runs, output):
     """Add the runs with --train-photos, and the slope of each network over its numbers of photos.
 
-    A network's largest size is its chosen model, if that was trained on more photos.
+    They are those that differ from a chosen model, which is the largest size, in nothing else.
     """
-    of_label = {}
-    for run in runs:
-        if run["best"] is not None:
-            of_label.setdefault(label_of(run["config"]), []).append(run)
-    chosen = {row["label"]: row["runs"][0] for row in summary["models"]}
     everything = read_runs(output)
-    for label, members in sorted(of_label.items()):
-        if label in chosen:
-            members = [*members, everything[chosen[label]]]
-        rows = []
-        for run in members:
+    for model in summary["models"]:
+        label, chosen, rows = model["label"], everything[model["runs"][0]], []
+        same = engine.settings(chosen["config"], SAME_SIZES)
+        of_chosen = [run for run in runs if engine.settings(run["config"], SAME_SIZES) == same]
+        if not of_chosen:
+            continue
+        for run in [*of_chosen, chosen]:
             classes = run["data"]["counts"]["train"]
             photos = sum(classes.values()) / len(classes)
-            rows.append({"photos_per_class": photos, **model_row([run], [], output)})
+            if run["best"] is not None and photos not in [r["photos_per_class"] for r in rows]:
+                rows.append({"photos_per_class": photos, **model_row([run], [], output)})
         rows.sort(key=lambda row: row["photos_per_class"])
         summary["sizes"] += rows
         sizes = {row["photos_per_class"] for row in rows}
@@ -529,7 +532,7 @@ def slope_per_doubling(photos, right, draws=2000):
     x = np.log2(photos) - np.log2(photos).mean()
     of_photo = x @ right / (x @ x)  # each photo's part of the slope
     random = np.random.default_rng(0)
-    resampled = random.choice(of_photo, (draws, len(of_photo))).mean(1)
+    resampled = [random.choice(of_photo, len(of_photo)).mean() for _ in range(draws)]
     low, high = np.quantile(resampled, [0.025, 0.975])
     return {"slope": float(of_photo.mean()), "interval_95": [float(low), float(high)]}
 

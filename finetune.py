@@ -42,7 +42,12 @@ def build_parser():
     flag("--jitter", type=share, default=0.1, help="largest change of colours, as a fraction")
     flag("--flip", type=share, default=0.5, help="probability of a mirrored photo")
     flag("--views", type=number(int, 1), default=4, help="of each photo; the epochs take turns")
-    flag("--feature-memory", type=number(float, 0), default=4.0, help="for kept features, GiB")
+    flag(
+        "--feature-memory",
+        type=number(float, 0),
+        default=4.0,
+        help="for kept features, GiB a process",
+    )
     return parser
 
 

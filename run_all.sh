@@ -15,7 +15,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # Settings: override any of them in the environment. Words are several values.
 DATA_GIVEN=${DATA:-}
 DATA=${DATA:-food11}                            # folder of photos
-OUT=${OUT:-results}                             # folder of everything that is written
+OUT=${OUT:-results}                             # folder of everything that is written, but for
+CACHE=${CACHE:-.cache}                          # decoded photos and downloads
 EPOCHS=${EPOCHS:-50}                            # of every run
 IMAGE_SIZE=${IMAGE_SIZE:-96}                    # pixels, networks from scratch
 FINETUNE_IMAGE_SIZE=${FINETUNE_IMAGE_SIZE:-288} # pixels, pre-trained networks
@@ -51,6 +52,8 @@ announce_demo() {
 DEMO= LIST= SHARE=
 if [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then  # in a job array of Slurm
   SHARE=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))/$SLURM_ARRAY_TASK_COUNT
+  (( SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN + 1 == SLURM_ARRAY_TASK_COUNT )) ||
+    fail "an array with gaps has no shares: --array=1-N, or --share I/N for one of them"
 fi
 case "${1:-}" in
   "") ;;
@@ -70,8 +73,8 @@ fi
 # the numbers do not depend on how many there are.
 quote() { printf "'%s'" "${1//\'/\'\\\'\'}"; }  # a path may hold spaces
 common() {
-  echo "--data $(quote "$DATA") --output $(quote "$OUT") --epochs $EPOCHS" \
-    "--device $(quote "$DEVICE") --threads 1"
+  echo "--data $(quote "$DATA") --output $(quote "$OUT") --cache $(quote "$CACHE")" \
+    "--epochs $EPOCHS --device $(quote "$DEVICE") --threads 1"
 }
 scratch() { echo "python train_scratch.py --image-size $IMAGE_SIZE $(common) --model $*"; }
 transfer() {
@@ -173,7 +176,7 @@ echo "$ME" > "$OUT/.lock"
 stage "photos"  # and weights before training, so that nothing is missing an hour into it
 if [[ ! $DEMO && ! $DATA_GIVEN && ! -d $DATA ]]; then
   [[ ! $SHARE ]] || fail "a share fetches nothing: python tools/prepare.py --download first"
-  run "$PYTHON" tools/prepare.py --download --data "$DATA" --output "$OUT" ||
+  run "$PYTHON" tools/prepare.py --download --data "$DATA" --output "$OUT" --cache "$CACHE" ||
     exec bash "${BASH_SOURCE[0]}" --demo
 fi
 if [[ $DEMO ]]; then announce_demo; fi
@@ -181,7 +184,7 @@ checked=$OUT/photos.txt  # what the check printed; made again for other or newer
 new=$checked.new-${ME//[^0-9a-z]/-}
 check_photos() {
   { echo "$DATA"; "$PYTHON" tools/prepare.py ${DEMO:+--demo} --data "$DATA" --output "$OUT" \
-    --image-size "$IMAGE_SIZE" "$FINETUNE_IMAGE_SIZE"; } > "$new"
+    --cache "$CACHE" --image-size "$IMAGE_SIZE" "$FINETUNE_IMAGE_SIZE"; } > "$new"
 }
 if [[ ! -f $checked || $(head -n 1 "$checked") != "$DATA" ||
   $(find -L "$DATA" -newer "$checked" -print -quit) ]]; then
@@ -249,7 +252,7 @@ if [[ $SHARE ]]; then
 fi
 
 stage "choice, test, comparisons"  # the best of each by validation; only these see the test split
-run "$PYTHON" evaluate.py --chosen --data "$DATA" --output "$OUT" --device "$DEVICE"
+run "$PYTHON" evaluate.py --chosen --data "$DATA" --output "$OUT" --cache "$CACHE" --device "$DEVICE"
 
 stage "figures and report"
 run "$PYTHON" plot.py --output "$OUT" --data "$DATA"

@@ -20,7 +20,7 @@ limit() {  # seconds, command
   timeout --signal=INT --kill-after=3 "$seconds" "$@" || echo "(not all: cut off after $seconds s, or failed)"
 }
 utilisation() {  # one number a second, until it is stopped
-  nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader,nounits --loop=1
+  exec nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader,nounits --loop=1
 }
 
 echo "## GPU"
@@ -39,7 +39,7 @@ echo "|---|---|---|---|"
 for jobs in 4 8; do  # all from nothing but the photos and the weights
   utilisation > "$folder/utilisation" 2> /dev/null & sampler=$!
   begin=$(date +%s)
-  OUT=$folder/study-$jobs JOBS=$jobs limit 125 bash run_all.sh > "$folder/study.log" 2>&1
+  OUT=$folder/study-$jobs CACHE=$folder/cache-$jobs JOBS=$jobs limit 125 bash run_all.sh > "$folder/study.log" 2>&1
   seconds=$(($(date +%s) - begin))
   kill "$sampler" 2> /dev/null || true
   busy=$(awk '{ sum += $1 } END { if (NR) printf "%.0f%%", sum / NR; else print "not measured" }' \

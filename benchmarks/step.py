@@ -100,7 +100,7 @@ def measure_together(count, *arguments):
     """measure() in `count` processes at once -> the medians."""
     spawn = multiprocessing.get_context("spawn")
     with spawn.Manager() as manager, ProcessPoolExecutor(count, spawn) as pool:
-        barrier = manager.Barrier(count)
+        barrier = manager.Barrier(count, timeout=120)  # one that fails ends all
         jobs = [pool.submit(measure, *arguments, barrier) for _ in range(count)]
         return [median(column) for column in zip(*(job.result() for job in jobs), strict=True)]
 
@@ -136,7 +136,10 @@ def main(argv=None):
                             count, flags, arguments.device, captured, arguments.seconds
                         )
                     except RuntimeError as error:  # a step that this torch can't capture
-                        print(f"{cell} | {str(error).splitlines()[0]} | | |", flush=True)
+                        print(
+                            f"{cell} | {(str(error) or repr(error)).splitlines()[0]} | | |",
+                            flush=True,
+                        )
                         continue
                     rate = count * batch / step * 1000
                     print(f"{cell} | {step:.2f} | {host:.2f} | {rate:,.0f} |", flush=True)

@@ -112,5 +112,6 @@ def test_the_three_lines_of_the_readme_run_the_study_in_slurm(clone, slurm):  # 
     assert (clone / "out/report.pdf").exists(), logs[-3000:]
     summary, report = read_json(clone / "out/summary.json"), (clone / "out/report.md").read_text()
     assert {len(row["seeds"]) for row in summary["models"]} == {2}
-    assert all(row["fresh_seeds"] == [1] for row in summary["models"])
+    chosen = [row for row in summary["models"] if "last 2" not in row["label"]]  # of several rates
+    assert all(row["fresh_seeds"] == [1] for row in chosen)
     assert len(summary["slopes"]) == 4 and "figures/sizes.png" in report

@@ -1,7 +1,7 @@
 """Check training commands, one a line, without running them.
 
 bash run_all.sh --list | python tools/check_commands.py                 runs, GPUs, processors
-bash run_all.sh --list | python tools/check_commands.py --unfinished    runs not yet finished
+... | grep -v best-of-grid | python tools/check_commands.py --unfinished    runs not yet finished
 """
 
 import shlex

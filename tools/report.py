@@ -78,7 +78,7 @@ p = {line["p_value"]:.2g}, {line.get("method", "exact McNemar test")}), so {verd
 
 def compare_pairs(summary, pairs):
     """What the paired tests decide of some pairs (a, b) of models: sentences, and a table."""
-    rows, better, worse, open_pairs = [], [], [], 0
+    rows, better, worse, open_pairs, methods = [], [], [], 0, set()
     for a, b in pairs:
         lines = [line for line in summary["comparisons"] if {line["a"], line["b"]} == {a, b}]
         if a == b or not lines:
@@ -87,6 +87,7 @@ def compare_pairs(summary, pairs):
         sign = 100 if line["a"] == a else -100
         difference = sign * line["difference"] + 0.0
         low, high = sorted(sign * bound + 0.0 for bound in line["interval_95"])  # no "-0.0"
+        methods.add(line.get("method", "exact McNemar test"))
         decided = "yes" if line["different"] else "no"
         interval = f"{low:+.1f} to {high:+.1f}"
         rows.append((a, b, f"{difference:+.1f}", interval, f"{line['p_value']:.2g}", decided))
@@ -103,10 +104,8 @@ def compare_pairs(summary, pairs):
         others = " The others are not decided by this study." if open_pairs else ""
         verdict = f"Decided by the paired tests: {listing(found)}.{others}"
     head = "a", "against b", "a - b, points", "95% interval", "p", "decided"
-    method = summary["comparisons"][0].get("method", "exact McNemar test")
-    return f"""{verdict}
-
-{table(head, rows, f"Differences in test accuracy on the same photos; {method}.")}"""
+    caption = f"Differences in test accuracy on the same photos; {listing(sorted(methods))}."
+    return f"{verdict}\n\n{table(head, rows, caption)}"
 
 
 def results_table(rows, caption):
@@ -172,16 +171,18 @@ has a 95% interval of about ±{half_width(test, 0.8):.0f} points.
 
 
 def architectures(run):
-    config, plain, tables = run["config"], models.PlainCNN, []
+    config, plain, names = run["config"], models.PlainCNN, {}
     for name, build in models.SCRATCH.items():
         network = build(len(run["data"]["classes"]))
         layers, count = models.describe(network, config["image_size"]), models.counts(network)
         head = [column for column in layers[0] if column != "state"]
-        caption = f"The {name} network at {config['image_size']} px: {count['convolutions']} "
-        caption += f"convolutions, {count['linear_layers']} fully connected layers, "
-        caption += f"{count['parameters']:,} parameters. Output is channels, height, width."
-        tables.append(table(head, [[layer[key] for key in head] for layer in layers], caption))
-    layers, optimizer, end = "\n\n".join(tables), config["optimizer"], "falls linearly to zero"
+        caption = f"Layers at {config['image_size']} px: {count['convolutions']} convolutions, "
+        caption += f"{count['linear_layers']} fully connected layers, {count['parameters']:,} "
+        caption += "parameters. Output is channels, height, width."
+        text = table(head, [[layer[key] for key in head] for layer in layers], caption)
+        names.setdefault(text, []).append(name)
+    layers = "\n\n".join(f"The {listing(own)} network:\n\n{text}" for text, own in names.items())
+    optimizer, end = config["optimizer"], "falls linearly to zero"
     if optimizer == "muon":
         optimizer = """Muon: each update of a matrix is made nearly orthogonal, so that all its
 directions are learned at the same pace; AdamW at a tenth of the rate takes what is no matrix, the

@@ -262,9 +262,10 @@ def write_map(root, files, image_size, map_file):
             for start in range(begun, len(files), CHUNK):
                 for photo in pool.map(read, files[start : start + CHUNK]):
                     if not unreadable:
-                        pixels.write(photo[0].tobytes())
-                        digests.append(photo[1])
-                        written.write(photo[1] + check_of(photo[1], photo[0].tobytes()))
+                        content, digest = photo[0].tobytes(), photo[1]
+                        pixels.write(content)
+                        written.write(digest + check_of(digest, content))
+                        digests.append(digest)
                 progress.show(min(start + CHUNK, len(files)) - begun)
             pixels.flush()
             os.fsync(pixels.fileno())
@@ -275,19 +276,19 @@ def write_map(root, files, image_size, map_file):
                 f"unreadable photo {unreadable[0]}, {len(unreadable)} in all: remove or replace "
                 f"what `python tools/prepare.py --data {root.parent}` lists"
             )
+        fingerprint = hashlib.sha256()
+        for name, digest in zip(files, digests, strict=True):
+            fingerprint.update(os.fsencode(name) + digest)
+        whole = np.memmap(pixels_file, np.uint8, "r").reshape(len(files), -1)
+        description = {"fingerprint": fingerprint.hexdigest(), "pixels": checksum_pixels(whole)}
+        write_json(map_file.with_suffix(".json"), description)
+        os.replace(pixels_file, map_file)  # the last step: cut off before it, all photos are kept
+        digests_file.unlink()
     except OSError as error:
         raise SystemExit(
             f"{map_file}: cannot be written ({error.strerror or error}). Free some space or choose "
             "another --cache; what was decoded is kept."
         ) from None
-    fingerprint = hashlib.sha256()
-    for name, digest in zip(files, digests, strict=True):
-        fingerprint.update(os.fsencode(name) + digest)
-    whole = np.memmap(pixels_file, np.uint8, "r").reshape(len(files), -1)
-    description = {"fingerprint": fingerprint.hexdigest(), "pixels": checksum_pixels(whole)}
-    write_json(map_file.with_suffix(".json"), description)
-    os.replace(pixels_file, map_file)  # the last step: cut off before it, all photos are kept
-    digests_file.unlink()
 
 
 def check_of(digest, pixels):

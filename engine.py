@@ -183,6 +183,11 @@ def is_finished(run, photos):
     return "failed" in stored or checkpoint_file(run.output, run.name).exists()
 
 
+def setting_of(run):
+    """(learning rate, batch size) of a run's JSON: what a grid varies besides the seed."""
+    return run["config"]["learning_rate"], run["config"]["batch_size"]
+
+
 def choosing_seeds(runs):
     """The seeds that every setting (learning rate, batch size) of `runs` has; all if none has.
 
@@ -191,9 +196,7 @@ def choosing_seeds(runs):
     """
     seeds = {}
     for run in runs:
-        config = run["config"]
-        key = config["learning_rate"], config["batch_size"]
-        seeds.setdefault(key, set()).add(config["seed"])
+        seeds.setdefault(setting_of(run), set()).add(run["config"]["seed"])
     return set.intersection(*seeds.values()) or set.union(*seeds.values())
 
 
@@ -205,10 +208,8 @@ def best_setting(runs):
     """
     groups, seeds = {}, choosing_seeds(runs)
     for run in runs:
-        config = run["config"]
-        if config["seed"] in seeds:
-            key = config["learning_rate"], config["batch_size"]
-            groups.setdefault(key, []).append(run["best"])
+        if run["config"]["seed"] in seeds:
+            groups.setdefault(setting_of(run), []).append(run["best"])
 
     def merit(key):
         bests = groups[key]
@@ -286,6 +287,12 @@ def leave_processes():
     """
     gc.collect()
     dist.destroy_process_group()
+
+
+def synchronise(device):
+    """Wait until the device has done what it was given: before its time is taken."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def of_first_process(value):

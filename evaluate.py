@@ -464,12 +464,7 @@ def compare(rows, output):
 
 def at_setting(runs, setting):
     """The runs that have not failed, of one (learning rate, batch size)."""
-    same = []
-    for run in runs:
-        config = run["config"]
-        if run["best"] is not None and (config["learning_rate"], config["batch_size"]) == setting:
-            same.append(run)
-    return same
+    return [run for run in runs if run["best"] and engine.setting_of(run) == setting]
 
 
 def add_scratch(summary, name, runs, output):
@@ -496,14 +491,14 @@ def add_transfer(summary, runs, output):
         summary["models"].append(model_row(chosen, engine.choosing_seeds(runs), output))
 
 
-def add_sizes(summary, runs, output):
+def add_sizes(summary, runs, study, output):
     """Add the runs with --train-photos, and the slope of each network over its numbers of photos.
 
     They are those that differ from a chosen model, which is the largest size, in nothing else.
     """
-    everything = read_runs(output)
+    run_of = {run["name"]: run for run in study}
     for model in summary["models"]:
-        label, chosen, rows = model["label"], everything[model["runs"][0]], []
+        label, chosen, rows = model["label"], run_of[model["runs"][0]], []
         same = engine.settings(chosen["config"], SAME_SIZES)
         of_chosen = [run for run in runs if engine.settings(run["config"], SAME_SIZES) == same]
         if not of_chosen:
@@ -572,7 +567,7 @@ def summarise(output):
         add_scratch(summary, name, largest_group(members, engine.GRID_FLAGS), output)
     for _case, members in sorted(transfer.items()):
         add_transfer(summary, largest_group(members, SAME_CASE), output)
-    add_sizes(summary, sizes, output)
+    add_sizes(summary, sizes, study, output)
     summary["failed"] = [
         {"run": run["name"], "reason": run["failed"]} for run in study if "failed" in run
     ]

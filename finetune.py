@@ -162,8 +162,7 @@ def main(argv=None):
                     compute_features(frozen, loader, loader.views or 1, context)
                     for loader in loaders
                 ]
-                if device.type != "cpu":
-                    torch.accelerator.synchronize(device)
+                engine.synchronise(device)
                 feature_seconds, seed_of_features = time.perf_counter() - begin, run.seed
             loaders = [
                 FeatureLoader(loader, kept) for loader, kept in zip(loaders, features, strict=True)

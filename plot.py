@@ -227,18 +227,17 @@ def draw_confusion(path, row, evaluations):
     counts = np.sum([evaluation["confusion_matrix"] for evaluation in evaluations], axis=0)
     split, seeds = evaluations[0]["split"], len(evaluations)
     classes = [textwrap.shorten(name, 28) for name in class_names(evaluations[0])]
-    side = min(WIDTH, 5 + 0.4 * len(classes))
-    if len(classes) > MANY_CLASSES:  # large enough for their names
+    side, many = min(WIDTH, 5 + 0.4 * len(classes)), len(classes) > MANY_CLASSES
+    if many:  # large enough for their names
         side = min(36, 5 + 0.1 * len(classes))
     figure = Figure(figsize=(side, 0.9 * side))
     axes = figure.subplots()
     shades = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
-    texts = {place: str(count) for place, count in np.ndenumerate(counts) if count > 0}
-    if len(classes) > MANY_CLASSES:
-        texts = {}
+    cells = [] if many else np.ndenumerate(counts)
+    texts = {place: str(count) for place, count in cells if count > 0}
     draw_cells(axes, shades, texts, classes, classes, size=min(10, 240 / len(classes)))
     axes.tick_params(axis="x", labelrotation=90)
-    if len(classes) > MANY_CLASSES:
+    if many:
         axes.tick_params(labelsize=6)
     axes.set(xlabel="predicted", ylabel="true")
     if len(classes) > TOO_MANY_CLASSES:

@@ -234,14 +234,15 @@ xargs $slot true < /dev/null 2> /dev/null || slot=
 train() {
   tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" $slot bash -c 'set -o pipefail; train_line "$1"' _ 2> /dev/null
 }
-share() { awk -v share="${SHARE%/*}" -v shares="${SHARE#*/}" 'NR % shares == share % shares'; }
+part=${SHARE:-1/1}
+share() { awk -v share="${part%/*}" -v shares="${part#*/}" 'NR % shares == share % shares'; }
 for commands in grid_commands chosen_commands; do
   if [[ $SHARE && $commands == chosen_commands ]]; then
     unfinished=$(grid_commands | check --unfinished) || exit 1
     (( unfinished == 0 )) ||
       { echo "the rest waits for $unfinished runs of other shares: call again then"; exit 0; }
   fi
-  run train < <($commands | if [[ $SHARE ]]; then share; else cat; fi) || {
+  run train < <($commands | share) || {
     cat "$FAILED" >&2
     fail "training stopped; finished epochs are kept, the next call goes on"
   }

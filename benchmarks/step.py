@@ -8,6 +8,7 @@ optimizers. Captured, all of it is one CUDA graph, on GPUs only. Several process
 each with a network of its own, and share the device. Prints a table in Markdown.
 """
 
+import itertools
 import multiprocessing
 import sys
 import time
@@ -25,11 +26,6 @@ import data
 import engine
 import models
 import train_scratch
-
-
-def synchronise(device):
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def build_step(flags, device):
@@ -83,7 +79,7 @@ def measure(flags, device_name, captured, seconds, barrier):
         step = capture(step)
     for _ in range(5):
         step()
-    synchronise(device)
+    engine.synchronise(device)
     barrier.wait()
     steps, begin, host = 0, time.perf_counter(), 0.0
     while time.perf_counter() - begin < seconds:
@@ -91,7 +87,7 @@ def measure(flags, device_name, captured, seconds, barrier):
         for _ in range(10):
             step()
         host += time.perf_counter() - submitted
-        synchronise(device)
+        engine.synchronise(device)
         steps += 10
     return 1000 * (time.perf_counter() - begin) / steps, 1000 * host / steps
 
@@ -123,26 +119,20 @@ def main(argv=None):
     data.load_split(arguments.data, "train", arguments.image_size, arguments.cache)
     print("| network | batch | processes | step | ms a step | host, ms a step | images/s, all |")
     print("|---|---|---|---|---|---|---|")
-    for model in arguments.models:
-        for batch in arguments.batch_sizes:
-            flags = ["--data", arguments.data, "--cache", arguments.cache, "--model", model]
-            flags += ["--batch-size", str(batch), "--image-size", str(arguments.image_size)]
-            for count in arguments.processes:
-                for captured in ways:
-                    way = "captured" if captured else "eager"
-                    cell = f"| {model} | {batch} | {count} | {way}"
-                    try:
-                        step, host = measure_together(
-                            count, flags, arguments.device, captured, arguments.seconds
-                        )
-                    except RuntimeError as error:  # a step that this torch can't capture
-                        print(
-                            f"{cell} | {(str(error) or repr(error)).splitlines()[0]} | | |",
-                            flush=True,
-                        )
-                        continue
-                    rate = count * batch / step * 1000
-                    print(f"{cell} | {step:.2f} | {host:.2f} | {rate:,.0f} |", flush=True)
+    rows = itertools.product(arguments.models, arguments.batch_sizes, arguments.processes, ways)
+    for model, batch, count, captured in rows:
+        flags = ["--data", arguments.data, "--cache", arguments.cache, "--model", model]
+        flags += ["--batch-size", str(batch), "--image-size", str(arguments.image_size)]
+        cell = f"| {model} | {batch} | {count} | {'captured' if captured else 'eager'}"
+        try:
+            step, host = measure_together(
+                count, flags, arguments.device, captured, arguments.seconds
+            )
+        except RuntimeError as error:  # a step that this torch can't capture
+            print(f"{cell} | {(str(error) or repr(error)).splitlines()[0]} | | |", flush=True)
+            continue
+        rate = count * batch / step * 1000
+        print(f"{cell} | {step:.2f} | {host:.2f} | {rate:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -56,15 +56,26 @@ def half_width(photos, accuracy):
     return 196 * (accuracy * (1 - accuracy) / photos) ** 0.5
 
 
+def compared(summary, a, b):
+    """How two chosen models compare on test photos, or None if they have not been.
+
+    Returns (line of the summary's comparisons, difference a - b, its interval: low, high), in
+    points.
+    """
+    for line in summary["comparisons"]:
+        if {line["a"], line["b"]} == {a, b}:
+            sign = 100 if line["a"] == a else -100
+            low, high = sorted(sign * bound + 0.0 for bound in line["interval_95"])  # no "-0.0"
+            return line, sign * line["difference"] + 0.0, low, high
+    return None
+
+
 def describe_pair(summary, a, b):
     """A sentence on two chosen models, if they have been compared on test photos."""
-    lines = [line for line in summary["comparisons"] if {line["a"], line["b"]} == {a, b}]
-    if not lines:
+    found = compared(summary, a, b)
+    if found is None:
         return ""
-    [line] = lines
-    sign = 100 if line["a"] == a else -100
-    difference = sign * line["difference"]
-    low, high = sorted(sign * bound + 0.0 for bound in line["interval_95"])  # no "-0.0"
+    line, difference, low, high = found
     if low == high == 0:  # right on the very same photos
         return f"On the same test photos {a} is exactly as accurate as {b}."
     apart, verdict = "exactly as accurate as", "this study can't tell them apart"
@@ -78,31 +89,26 @@ p = {line["p_value"]:.2g}, {line.get("method", "exact McNemar test")}), so {verd
 
 def compare_pairs(summary, pairs):
     """What the paired tests decide of some pairs (a, b) of models: sentences, and a table."""
-    rows, better, worse, open_pairs, methods = [], [], [], 0, set()
+    rows, better, worse, methods = [], [], [], set()
     for a, b in pairs:
-        lines = [line for line in summary["comparisons"] if {line["a"], line["b"]} == {a, b}]
-        if a == b or not lines:
+        found = compared(summary, a, b)
+        if found is None:
             continue
-        [line] = lines
-        sign = 100 if line["a"] == a else -100
-        difference = sign * line["difference"] + 0.0
-        low, high = sorted(sign * bound + 0.0 for bound in line["interval_95"])  # no "-0.0"
+        line, difference, low, high = found
         methods.add(line.get("method", "exact McNemar test"))
         decided = "yes" if line["different"] else "no"
         interval = f"{low:+.1f} to {high:+.1f}"
         rows.append((a, b, f"{difference:+.1f}", interval, f"{line['p_value']:.2g}", decided))
-        if not line["different"]:
-            open_pairs += 1
-        elif difference > 0:
+        if line["different"] and difference > 0:
             better.append(f"{a} is better than {b}")
-        else:
+        elif line["different"]:
             worse.append(f"{a} is worse than {b}")
     if not rows:
         return ""
-    found, verdict = better + worse, "None of these comparisons is decided by this study."
-    if found:
-        others = " The others are not decided by this study." if open_pairs else ""
-        verdict = f"Decided by the paired tests: {listing(found)}.{others}"
+    verdict, sentences = "None of these comparisons is decided by this study.", better + worse
+    if sentences:
+        others = " The others are not decided by this study." if len(sentences) < len(rows) else ""
+        verdict = f"Decided by the paired tests: {listing(sentences)}.{others}"
     head = "a", "against b", "a - b, points", "95% interval", "p", "decided"
     caption = f"Differences in test accuracy on the same photos; {listing(sorted(methods))}."
     return f"{verdict}\n\n{table(head, rows, caption)}"
@@ -143,10 +149,8 @@ def title_block(runs):
 def last_epoch(run):
     """Accuracies of the last epoch, in words: on training and on validation photos."""
     last = run["history"][-1]
-    return (
-        f"{last['train_accuracy']:.1%} of the training photos, distorted as they are there, and "
-        f"{last['validation_accuracy']:.1%} of the validation photos"
-    )
+    return f"""{last["train_accuracy"]:.1%} of the training photos, distorted and mixed as they are
+there, and {last["validation_accuracy"]:.1%} of the validation photos"""
 
 
 def photos(run):
@@ -250,7 +254,7 @@ def grid_of(model, chosen, summary, runs):
     run, accuracies = runs[chosen["run"]], [line["validation_accuracy"] for line in lines]
     limits = dict.fromkeys(f"{limit(accuracies):.1%}" for limit in (min, max))
     total, history = sum(run["data"]["counts"]["validation"].values()), run["history"]
-    best, last = max(epoch["validation_accuracy"] for epoch in history), history[-1]
+    best = max(epoch["validation_accuracy"] for epoch in history)
     early = next(e["epoch"] for e in history if e["validation_accuracy"] >= 0.9 * best)
     losses = np.array([epoch["validation_loss"] for epoch in history], dtype=float)
     low, judgement = np.nanargmin(losses), "is near its lowest to the end: no overfitting"
@@ -261,8 +265,7 @@ def grid_of(model, chosen, summary, runs):
 {effect(lines, "learning_rate", total)}{effect(lines, "batch_size", total)}Chosen: learning rate
 {chosen["learning_rate"]:g}, batch {chosen["batch_size"]}. With seed {chosen["seed"]} it gets to
 nine tenths of its best accuracy in epoch {early} of {len(history)}. In the last epoch it is right
-on {last["train_accuracy"]:.1%} of the training photos, distorted and mixed as they are there, and
-on {last["validation_accuracy"]:.1%} of the validation photos. Its validation loss {judgement}.
+on {last_epoch(run)}. Its validation loss {judgement}.
 
 ![The {model} network, all settings over each other.](<figures/settings_{model}.png>)
 

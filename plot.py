@@ -228,8 +228,9 @@ def draw_confusion(path, row, evaluations):
     split, seeds = evaluations[0]["split"], len(evaluations)
     classes = [textwrap.shorten(name, 28) for name in class_names(evaluations[0])]
     side, many = min(WIDTH, 5 + 0.4 * len(classes)), len(classes) > MANY_CLASSES
-    if many:  # large enough for their names
-        side = min(36, 5 + 0.1 * len(classes))
+    named = len(classes) <= TOO_MANY_CLASSES
+    if many and named:  # large enough for their names
+        side = 5 + 0.1 * len(classes)
     figure = Figure(figsize=(side, 0.9 * side))
     axes = figure.subplots()
     shades = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
@@ -237,13 +238,14 @@ def draw_confusion(path, row, evaluations):
     texts = {place: str(count) for place, count in cells if count > 0}
     draw_cells(axes, shades, texts, classes, classes, size=min(10, 240 / len(classes)))
     axes.tick_params(axis="x", labelrotation=90)
-    if many:
+    if many and named:
         axes.tick_params(labelsize=6)
     axes.set(xlabel="predicted", ylabel="true")
-    if len(classes) > TOO_MANY_CLASSES:
+    if not named:
         hint = "classes by their number in the evaluation's JSON"
         axes.set(xticks=[0, len(classes) - 1], yticks=[0, len(classes) - 1])
         axes.set(xticklabels=[0, len(classes) - 1], yticklabels=[0, len(classes) - 1])
+        axes.tick_params(axis="both", labelsize=10, labelrotation=0)
         axes.set(xlabel=f"predicted, {hint}", ylabel=f"true, {hint}")
     name = row["label"] if seeds == 1 else f"{row['label']}, sum over {seeds} seeds"
     right = f"{counts.trace() / counts.sum():.1%} of {counts.sum() // seeds} {split} photos right"

@@ -213,3 +213,6 @@ for name in ("SIGTERM", "SIGHUP"):
 for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):  # a file name may hold what the terminal can't show
         stream.reconfigure(errors="backslashreplace")
+
+# Before torch, which imports numpy itself and swallows a Ctrl-C that comes meanwhile (torch 2.14).
+import numpy  # noqa: E402, F401

@@ -94,7 +94,7 @@ def draw_curves(path, who, lines, runs, column_key, row_key, headings):
     """
     columns = sorted({line[column_key] for line in lines})
     rows = sorted({line[row_key] for line in lines})
-    figure = Figure(figsize=(max(WIDTH, 3.2 * len(columns)), 0.9 + 3.4 * len(rows)))
+    figure = Figure(figsize=(max(WIDTH, 3.2 * len(columns)), 0.9 + 2.4 * len(rows)))
     axes = figure.subplots(2 * len(rows), len(columns), sharex=True, sharey="row", squeeze=False)
     for (column, row), seeds in group(lines, column_key, row_key).items():
         first, own = 2 * rows.index(row), axes[:, columns.index(column)]
@@ -125,34 +125,59 @@ def draw_curves(path, who, lines, runs, column_key, row_key, headings):
 
 
 def draw_overlay(path, model, lines, runs):
-    """Validation accuracy and loss of all settings of one network, over each other.
+    """Validation accuracy above loss of all settings of one network, over each other.
 
-    The lines of the first seed, named below, best first.
+    The lines of the first seed; each is named at its end, the names in the order of the ends.
     """
     lines = [seeds[0] for seeds in group(lines, *SETTING).values()]
     lines = [line for line in lines if line["epoch"] is not None]  # not those that failed
-    lines.sort(key=lambda line: -line["validation_accuracy"])
-    figure = Figure(figsize=(1.25 * WIDTH, 4.6))
-    axes = figure.subplots(1, 2)
+    figure = Figure(figsize=(5.6, 6))
+    axes = figure.subplots(2, 1, sharex=True)
     rates = sorted({line["learning_rate"] for line in lines})
     batches = sorted({line["batch_size"] for line in lines})
     for panel, measure in zip(axes, ("accuracy", "loss"), strict=True):
+        ends = []
         for line in lines:
             history = runs[line["run"]]["history"]
             values = np.array([epoch[f"validation_{measure}"] for epoch in history], float)
+            color = f"C{rates.index(line['learning_rate'])}"
             panel.plot(
                 range(1, len(values) + 1),
                 values,
-                color=f"C{rates.index(line['learning_rate'])}",
+                color=color,
                 linestyle=("-", "--", ":", "-.")[batches.index(line["batch_size"]) % 4],
                 linewidth=2 if line["chosen"] else 1,
-                label=f"{line['validation_accuracy']:.1%}  {setting_name(line)}",
             )
-        panel.set(xlabel="epoch", ylabel=f"validation {measure}")
-        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            name = f"{line['learning_rate']:g}, batch {line['batch_size']}"
+            name += " (chosen)" if line["chosen"] else ""
+            ends.append((len(values), values[-1], name, color))
+        ends.sort(key=lambda end: -end[1])
+        # Accuracy ends near the top of its panel, loss near the bottom, and so do the names.
+        span = min(0.9, 0.11 * (len(ends) - 1))
+        top = 0.95 if measure == "accuracy" else 0.05 + span
+        places = np.linspace(top, top - span, len(ends))
+        for place, (epoch, value, name, color) in zip(places, ends, strict=True):
+            panel.annotate(
+                name,
+                (epoch, value),
+                (1.06, place),
+                textcoords="axes fraction",
+                color=color,
+                va="center",
+                fontsize=9,
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": color,
+                    "linewidth": 0.5,
+                    "relpos": (0, 0.5),
+                },
+            )
+        panel.set_ylabel(f"validation {measure}")
     axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    figure.legend(handles=axes[0].get_lines(), loc="outside lower center", ncols=2, fontsize=9)
-    save(figure, path, f"{model}: all settings; best validation accuracy of each, best first")
+    axes[0].set_title("at the right: learning rate, batch size", loc="right")
+    axes[1].set_xlabel("epoch")
+    axes[1].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    save(figure, path, f"{model}: all settings over each other")
 
 
 def draw_cells(panel, shades, texts, rows, columns, size=10):
@@ -195,7 +220,7 @@ def draw_grid(path, lines):
 
 def draw_dots(path, title, rows):
     """A line for each (label, row of the summary's `models`); what is not evaluated is left out."""
-    figure = Figure(figsize=(WIDTH, 1.4 + 0.6 * len(rows)))
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.5 * len(rows)))
     axes = figure.subplots()
     for place, (_, row) in enumerate(rows):
         for shift, split, style in ((-0.17, "validation", VALIDATION), (0.17, "test", TEST)):
@@ -227,7 +252,7 @@ def draw_confusion(path, row, evaluations):
     counts = np.sum([evaluation["confusion_matrix"] for evaluation in evaluations], axis=0)
     split, seeds = evaluations[0]["split"], len(evaluations)
     classes = [textwrap.shorten(name, 28) for name in class_names(evaluations[0])]
-    side, many = min(WIDTH, 5 + 0.4 * len(classes)), len(classes) > MANY_CLASSES
+    side, many = min(WIDTH, max(5.8, 3 + 0.26 * len(classes))), len(classes) > MANY_CLASSES
     named = len(classes) <= TOO_MANY_CLASSES
     if many and named:  # large enough for their names
         side = 5 + 0.1 * len(classes)
@@ -250,7 +275,7 @@ def draw_confusion(path, row, evaluations):
     name = row["label"] if seeds == 1 else f"{row['label']}, sum over {seeds} seeds"
     right = f"{counts.trace() / counts.sum():.1%} of {counts.sum() // seeds} {split} photos right"
     low, high = row[f"{split}_interval_95"]
-    save(figure, path, f"{name}\n{right} (95% interval {low:.1%} to {high:.1%})")
+    save(figure, path, f"{textwrap.fill(name, 60)}\n{right} (95% interval {low:.1%} to {high:.1%})")
 
 
 def draw_sizes(path, sizes):
@@ -312,6 +337,46 @@ def draw_mistakes(path, label, evaluation, data):
     save(figure, path, f"{label}: most confident mistakes on {evaluation['split']} photos")
 
 
+def confused_pairs(evaluations):
+    """Pairs of classes that are mixed up, the most often mixed first.
+
+    evaluations: of all seeds of a model. Returns a list of (how often, class, class), the classes
+    as their numbers, the one that is more often taken for the other first.
+    """
+    counts = np.sum([evaluation["confusion_matrix"] for evaluation in evaluations], axis=0)
+    pairs = []
+    for i, j in itertools.combinations(range(len(counts)), 2):
+        true, taken_for = (i, j) if counts[i, j] >= counts[j, i] else (j, i)
+        if counts[true, taken_for]:
+            pairs.append((int(counts[i, j] + counts[j, i]), true, taken_for))
+    return sorted(pairs, key=lambda pair: -pair[0])
+
+
+def draw_pairs(path, label, evaluations, data):
+    """Photos of the three most mixed up pairs of classes, a row each, those of the first seed."""
+    classes, rows = class_names(evaluations[0]), []
+    for _, one, other in confused_pairs(evaluations)[:3]:
+        row = []
+        for guess in sorted(evaluations[0]["predictions"], key=lambda guess: -guess["probability"]):
+            if {guess["label"], guess["predicted"]} == {one, other} and len(row) < 4:
+                photo = read_photo(Path(data, evaluations[0]["split"], guess["file"]))
+                if photo is not None:
+                    row.append((ImageOps.fit(photo, (240, 240)), guess))
+        rows.append(row)
+    if not any(rows):
+        print(f"skipped {path}: nothing is mixed up, or no photo of it in {data}")
+        return
+    figure = Figure(figsize=(5.6, 0.6 + 1.8 * len(rows)))
+    axes = figure.subplots(len(rows), 4, squeeze=False, subplot_kw=BARE)
+    for panels, row in zip(axes, rows, strict=True):
+        for panel, (photo, guess) in zip(panels, row, strict=False):
+            panel.imshow(photo)
+            names = [classes[guess[key]] for key in ("label", "predicted")]
+            true, predicted = (textwrap.shorten(name, 18) for name in names)
+            panel.set_title(f"{true}\nas {predicted}", fontsize=8)
+    save(figure, path, f"{textwrap.fill(label, 60)}\nwhat it mixes up most")
+
+
 def draw_attention(path, label, evaluation, data):
     """Photos under their class-activation maps: right ones above, wrong ones below."""
     classes, rows = class_names(evaluation), {"right": [], "wrong": []}
@@ -324,7 +389,7 @@ def draw_attention(path, label, evaluation, data):
     if not rows["right"] and not rows["wrong"]:
         print(f"skipped {path}: no class-activation map, or no photo of one in {data}")
         return
-    figure = Figure(figsize=(WIDTH, 4.4))
+    figure = Figure(figsize=(WIDTH, 3.9))
     axes = figure.subplots(2, 6, squeeze=False, subplot_kw=BARE)
     for panels, (name, examples) in zip(axes, rows.items(), strict=True):
         panels[0].set_ylabel(name)
@@ -415,6 +480,7 @@ def draw_all(output, data):
         split = evaluations[0]["split"]
         draw_confusion(figures / f"confusion_{name}_{split}.png", row, evaluations)
         if data and row in best:
+            draw_pairs(figures / f"pairs_{name}.png", label, evaluations, data)
             draw_mistakes(figures / f"mistakes_{name}.png", label, evaluations[0], data)
             draw_attention(figures / f"attention_{name}.png", label, evaluations[0], data)
 

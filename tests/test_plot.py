@@ -168,11 +168,15 @@ def test_mistakes_are_shown_upright_where_the_photos_are(tmp_path, figures):
             photo.save(tmp_path / "photos/test" / name / f"{number}.jpg", exif=orientation)
         (tmp_path / "photos/test" / name / "3.jpg").write_bytes(b"not a photo")
     best = ("residual-0.001-s0", "mobilenet_v2-u2")  # from scratch and pre-trained
-    sheets = {f"{kind}_{name}" for kind in ("mistakes", "attention") for name in best}
+    sheets = {f"{kind}_{name}" for kind in ("mistakes", "attention", "pairs") for name in best}
     assert draw(tmp_path, "--data", str(tmp_path / "photos")) == FIGURES | sheets
     shown = [panel.images for panel in figures[f"mistakes_{best[0]}"].axes]
     assert [images[0].get_array().shape for images in shown] == [(60, 30, 3)] * 12
     assert text(figures[f"attention_{best[0]}"]).count("as ") > 1
+    shown = [panel for panel in figures[f"pairs_{best[0]}"].axes if panel.images]
+    assert len(shown) > 1 and all(
+        " as " in f" {panel.get_title()}".replace("\n", " ") for panel in shown
+    )
 
 
 def test_stages_that_have_not_run_are_skipped(tmp_path, capsys):

@@ -87,31 +87,78 @@ def describe_pair(summary, a, b):
 p = {line["p_value"]:.2g}, {line.get("method", "exact McNemar test")}), so {verdict}."""
 
 
-def compare_pairs(summary, pairs):
-    """What the paired tests decide of some pairs (a, b) of models: sentences, and a table."""
-    rows, better, worse, methods = [], [], [], set()
+def compare_pairs(summary, pairs, question):
+    """What the paired tests decide of some pairs (a, b) of models: (sentence, table), or two "".
+
+    question: what the pairs are about, such as "whether dropout helps".
+    """
+    rows, decided, methods = [], {}, set()
     for a, b in pairs:
         found = compared(summary, a, b)
         if found is None:
             continue
         line, difference, low, high = found
         methods.add(line.get("method", "exact McNemar test"))
-        decided = "yes" if line["different"] else "no"
-        interval = f"{low:+.1f} to {high:+.1f}"
-        rows.append((a, b, f"{difference:+.1f}", interval, f"{line['p_value']:.2g}", decided))
-        if line["different"] and difference > 0:
-            better.append(f"{a} is better than {b}")
-        elif line["different"]:
-            worse.append(f"{a} is worse than {b}")
+        interval, verdict = f"{low:+.1f} to {high:+.1f}", "yes" if line["different"] else "no"
+        rows.append((a, b, f"{difference:+.1f}", interval, f"{line['p_value']:.2g}", verdict))
+        if line["different"]:
+            decided.setdefault(("better" if difference > 0 else "worse", b), []).append(a)
     if not rows:
-        return ""
-    verdict, sentences = "None of these comparisons is decided by this study.", better + worse
-    if sentences:
-        others = " The others are not decided by this study." if len(sentences) < len(rows) else ""
-        verdict = f"Decided by the paired tests: {listing(sentences)}.{others}"
+        return "", ""
+    sentence = f"This study does not decide {question}."
+    if decided:
+        found = []
+        for (how, b), models_a in decided.items():
+            found.append(f"{listing(models_a)} {'are' if models_a[1:] else 'is'} {how} than {b}")
+        sentence = f"By the paired tests {'; '.join(found)}."
+        left = len(rows) - sum(map(len, decided.values()))
+        if left:
+            sentence += f" {left} of {len(rows)} comparisons are not decided."
     head = "a", "against b", "a - b, points", "95% interval", "p", "decided"
     caption = f"Differences in test accuracy on the same photos; {listing(sorted(methods))}."
-    return f"{verdict}\n\n{table(head, rows, caption)}"
+    return sentence, table(head, rows, caption)
+
+
+def scratch_labels(summary):
+    """Labels of the chosen networks from scratch: (without dropout, with)."""
+    labels = [row["label"] for row in summary["models"] if row["kind"] == "scratch"]
+    dropouts = [label for label in labels if ", dropout " in label]
+    return [label for label in labels if label not in dropouts], dropouts
+
+
+def compare_networks(summary):
+    """Sentences on the chosen networks from scratch, each against the one before it."""
+    pairs = itertools.pairwise(scratch_labels(summary)[0])
+    return " ".join(describe_pair(summary, b, a) for a, b in pairs)
+
+
+def compare_dropout(summary):
+    """(sentence, table) on dropout against none."""
+    pairs = [(label, label.split(", dropout ")[0]) for label in scratch_labels(summary)[1]]
+    return compare_pairs(summary, pairs, "whether dropout helps")
+
+
+def compare_cases(summary):
+    """(sentence, table) on training more layers of each backbone against the last one alone."""
+    labels = [row["label"] for row in summary["models"] if row["kind"] == "finetune"]
+    pairs = [(label, f"{label.split(', ')[0]}, FC only") for label in labels]
+    return compare_pairs(summary, pairs, "whether training more than the last layer helps")
+
+
+def in_short(summary, best):
+    """What the study found, for those who read no further."""
+    lines = []
+    for row in best.values():
+        kind = "from scratch" if row["kind"] == "scratch" else "pre-trained"
+        accuracy = evaluate.format_accuracy(row, "test")
+        lines.append(
+            f"The best network {kind}, chosen on validation, is {row['label']}: {accuracy}."
+        )
+    if len(best) == 2:
+        lines.append(describe_pair(summary, best["finetune"]["label"], best["scratch"]["label"]))
+    lines.append(compare_networks(summary))
+    lines += [compare_dropout(summary)[0], compare_cases(summary)[0]]
+    return "\n\n".join(line for line in lines if line)
 
 
 def results_table(rows, caption):
@@ -167,9 +214,10 @@ def photos(run):
 
 {warning}
 
-{train + validation + test:,} photos of {len(classes)} classes: {train:,} to train, {validation:,}
-for every choice, {test:,} for the last measurement only. An accuracy near 80% on {test:,} photos
-has a 95% interval of about ±{half_width(test, 0.8):.0f} points.
+An accuracy near 80% on the {test:,} test photos has a 95% interval of ±{half_width(test, 0.8):.0f}
+points, so only large differences can be found with them. There are {train + validation + test:,}
+photos of {len(classes)} classes: {train:,} to train, {validation:,} for every choice, {test:,} for
+the last measurement only.
 
 {table(("class", *counts), rows, caption)}"""
 
@@ -193,42 +241,43 @@ directions are learned at the same pace; AdamW at a tenth of the rate takes what
 first convolution and the last layer"""
     if config.get("schedule") == "constant":
         end = "stays"
-    return f"""## Networks from scratch
+    same = (
+        "The two networks have the same layers and the same weights; only the skip sets them apart."
+    )
+    return f"""## Part 1: networks from scratch
+
+{same if len(names) == 1 and len(models.SCRATCH) == 2 else ""}
 
 {layers}
 
 A block is convolution, 2 x 2 max pooling, batch normalisation and ReLU, five times; the mean over
-all positions goes into the fully connected layers. ReLU costs next to nothing and does not
-saturate; batch normalisation keeps the scale of each channel steady, so that a high learning rate
-works. The residual network adds the input of a block, pooled by the average, to its output, from
-the second block on, with zeros for the channels that are new. A skip has no parameters: both
-networks have the same layers and the same start.
+all positions goes into the fully connected layers. Pooling halves the side of the feature maps, so
+that each block sees twice as far and costs less. Batch normalisation keeps the scale of each
+channel steady, so that a high learning rate works; ReLU costs next to nothing and does not
+saturate.
+
+{code(plain.__init__, plain.block, plain.forward)}
+
+The residual network adds the input of a block, pooled by the average, to its output, from the
+second block on, with zeros for the channels that are new:
+
+{code(models.ResidualCNN.block)}
 
 The loss is cross-entropy with label smoothing {config["label_smoothing"]:g}. The optimizer is
 {optimizer}. The learning rate rises over {config["warmup_epochs"]:g} epochs, then {end}. Each photo
 of a batch gets its own crop (at least {config["crop_scale"]:.0%} of the area), flip, rotation (up
 to {config["rotation"]:g} degrees) and colours; CutMix pastes a square of another photo into it with
-probability {config["cutmix"]:g}.
+probability {config["cutmix"]:g}. Training accuracy is counted on these distorted photos.
 
-Convolutions and FC layers:
+{code(engine.orthogonalise) if config["optimizer"] == "muon" else ""}
 
-{code(plain.__init__, plain.block, plain.forward)}
+Accuracy and confusion matrix are computed by hand; recall, precision and F1 follow from the matrix:
 
-The skip:
-
-{code(models.ResidualCNN.block)}
-
-What makes an update of Muon orthogonal:
-
-{code(engine.orthogonalise)}
-
-How accuracy is computed:
-
-{code(evaluate.confusion_matrix, evaluate.metrics)}"""
+{code(evaluate.confusion_matrix)}"""
 
 
 def effect(lines, key, photos):
-    """A sentence on what the learning rate or the batch size does, if it has several values.
+    """What the learning rate or the batch size does: (sentence, whether it is beyond chance).
 
     lines: of the grid of one network; photos: how many there are for validation.
     """
@@ -236,15 +285,15 @@ def effect(lines, key, photos):
     for line in sorted(lines, key=lambda line: line[key]):
         groups.setdefault(line[key], []).append(line["validation_accuracy"])
     if len(groups) == 1:
-        return ""
+        return "", False
     means = {value: np.mean(accuracies) for value, accuracies in groups.items()}
     low, high, middle = min(means.values()), max(means.values()), np.mean(list(means.values()))
     chance = 2**0.5 * half_width(photos * len(lines) / len(groups), middle)
-    more = "more" if 100 * (high - low) > chance else "less"
+    beyond = 100 * (high - low) > chance
     numbers = listing([f"{mean:.1%} at {value:g}" for value, mean in means.items()])
-    return f"""By {key.replace("_", " ")} the mean best validation accuracy is {numbers}:
-{100 * (high - low):.1f} points apart, {more} than the {chance:.1f} that chance alone can give.
-"""
+    sentence = f"""By {key.replace("_", " ")} the mean is {numbers}: {100 * (high - low):.1f} points
+apart, where chance alone can give {chance:.1f}."""
+    return sentence, beyond
 
 
 def grid_of(model, chosen, summary, runs):
@@ -254,6 +303,11 @@ def grid_of(model, chosen, summary, runs):
     run, accuracies = runs[chosen["run"]], [line["validation_accuracy"] for line in lines]
     limits = dict.fromkeys(f"{limit(accuracies):.1%}" for limit in (min, max))
     total, history = sum(run["data"]["counts"]["validation"].values()), run["history"]
+    effects = {key.replace("_", " "): effect(lines, key, total) for key in plot.SETTING}
+    moved = [key for key, (_, beyond) in effects.items() if beyond]
+    finding = "Neither learning rate nor batch size moves it by more than chance."
+    if moved:
+        finding = f"Beyond chance it is moved by the {listing(moved)}."
     best = max(epoch["validation_accuracy"] for epoch in history)
     early = next(e["epoch"] for e in history if e["validation_accuracy"] >= 0.9 * best)
     losses = np.array([epoch["validation_loss"] for epoch in history], dtype=float)
@@ -261,20 +315,24 @@ def grid_of(model, chosen, summary, runs):
     if losses[-1] > 1.05 * losses[low]:
         judgement = f"rises from {losses[low]:.2f} in epoch {low + 1} to {losses[-1]:.2f} at the "
         judgement += "end: it overfits"
-    return f"""The {model} network reaches {" to ".join(limits)} on validation.
-{effect(lines, "learning_rate", total)}{effect(lines, "batch_size", total)}Chosen: learning rate
-{chosen["learning_rate"]:g}, batch {chosen["batch_size"]}. With seed {chosen["seed"]} it gets to
-nine tenths of its best accuracy in epoch {early} of {len(history)}. In the last epoch it is right
-on {last_epoch(run)}. Its validation loss {judgement}.
-
-![The {model} network, all settings over each other.](<figures/settings_{model}.png>)
-
-![The {model} network, all settings.](<figures/curves_{model}.png>)"""
+    return f"""The {model} network reaches {" to ".join(limits)} on validation, the best epoch of
+each setting. {finding} {" ".join(sentence for sentence, _ in effects.values())} Chosen: learning
+rate {chosen["learning_rate"]:g}, batch {chosen["batch_size"]}; with seed {chosen["seed"]} it gets
+to nine tenths of its best accuracy in epoch {early} of {len(history)}. In the last epoch it is
+right on {last_epoch(run)}. Its validation loss {judgement}."""
 
 
 def grid(summary, runs):
     chosen = {model: lines[0] for model, lines in summary["choices"].items()}
     texts = "\n\n".join(grid_of(model, line, summary, runs) for model, line in chosen.items())
+    over_each_other = "\n".join(
+        f"![The {model} network, all settings over each other.](<figures/settings_{model}.png>)"
+        for model in chosen
+    )
+    apart = "\n\n".join(
+        f"![The {model} network, each setting by itself.](<figures/curves_{model}.png>)"
+        for model in chosen
+    )
     failures, failed = summary.get("failed", []), ""
     if failures:
         rows = [(failure["run"], "failed", failure["reason"]) for failure in failures]
@@ -283,90 +341,112 @@ def grid(summary, runs):
 
 {texts}
 
+{over_each_other}
+
 ![Best validation accuracy of each setting.](<figures/grid_heatmap.png>)
 
-{failed}"""
+{failed}
+
+{apart}"""
 
 
-def why_dropout(row, runs):
-    """What the course of a chosen network says of dropout."""
-    run = runs[row["runs"][0]]
-    last = run["history"][-1]
-    if last["train_accuracy"] - last["validation_accuracy"] < 0.05:
-        reason = """It does not know its training photos by heart, so there is nothing that dropout
-could prevent, and every unit left out takes away from what the network learns in these epochs."""
-    else:
-        reason = (
-            "It begins to know its training photos by heart, which is what dropout may prevent."
-        )
-    return f"""In its last epoch the {row["label"]} without dropout is right on
-{last_epoch(run)}. {reason}"""
+def why_dropout(rows, runs):
+    """What the courses of the chosen networks without dropout say of it."""
+    courses, by_heart = [], []
+    for row in rows:
+        run = runs[row["runs"][0]]
+        last = run["history"][-1]
+        courses.append(f"{row['label']} {last_epoch(run)}")
+        if last["train_accuracy"] - last["validation_accuracy"] >= 0.05:
+            by_heart.append(row["label"])
+    reason = """None of them knows its training photos by heart, so there is nothing that dropout
+could prevent, and every unit left out takes away from what is learned in these epochs."""
+    if by_heart:
+        reason = f"""{listing(by_heart)} begins to know the training photos by heart, which is what
+dropout may prevent."""
+    return f"""Without dropout the last epoch is right on: {"; ".join(courses)}. {reason}"""
 
 
 def scratch(summary, runs):
     rows = [row for row in summary["models"] if row["kind"] == "scratch"]
-    dropouts = [row["label"] for row in rows if ", dropout " in row["label"]]
-    plain = [row for row in rows if row["label"] not in dropouts]
-    pairs = [(b["label"], a["label"]) for a, b in itertools.pairwise(plain)]
+    without, with_dropout = scratch_labels(summary)
+    plain = [row for row in rows if row["label"] in without]
     written = f"""## The best of each, and what the skip does
+
+{compare_networks(summary)}
 
 {results_table(plain, "The best setting of each network by validation accuracy.")}
 
-Chosen as the best of many epochs and settings on few photos, a model looks better on validation
-than it is; the gap to the test accuracy says by how much. Skips were made for networks of dozens of
-layers, whose gradients fade on their way back. Those of five layers with batch normalisation need
-not fade; what a skip can still do is hand the features of one block on to later ones.
-
-{compare_pairs(summary, pairs)}"""
-    if not dropouts:
+Skips were made for networks of dozens of layers, whose gradients fade on their way back. Those of
+five layers with batch normalisation need not fade; what a skip can still do is hand the features of
+one block on to later ones. Chosen as the best of many epochs and settings on few photos, a model
+looks better on validation than it is; the gap to the test accuracy says by how much."""
+    if not with_dropout:
         return written
-    pairs = [(label, label.split(", dropout ")[0]) for label in dropouts]
-    why = "\n".join(why_dropout(row, runs) for row in plain)
+    verdict, differences = compare_dropout(summary)
     return f"""{written}
 
 ## Dropout
 
-Dropout acts on the input of both fully connected layers, where every unit sees the whole photo and
-units can come to rely on each other. The convolutions have none: batch normalisation and the
-distorted photos regularise them already.
+{verdict} Dropout acts on the input of both fully connected layers, where every unit sees the whole
+photo and units can come to rely on each other. The convolutions have none: batch normalisation and
+the distorted photos regularise them already.
 
-{why}
+{differences}
 
-{compare_pairs(summary, pairs)}
+{why_dropout(plain, runs)}
 
 {results_table(rows, "Without and with dropout, at the setting chosen without.")}
 
 ![Dropout, with 95% intervals.](<figures/dropout.png>)"""
 
 
-def errors(row, output, title):
-    """What a chosen model, all its seeds together, mixes up."""
-    evaluations = [evaluate.read_evaluation(output, name) for name in row["runs"]]
-    if None in evaluations:
+def errors(row, other, output, title):
+    """What a chosen model, all its seeds together, mixes up, and whether the model `other` does."""
+    evaluations = plot.read_evaluations(output, row)
+    if not evaluations:
         return ""
-    matrix = np.sum([evaluation["confusion_matrix"] for evaluation in evaluations], axis=0)
     classes, label, name = evaluations[0]["classes"], row["label"], row["runs"][0]
-    places = itertools.combinations(range(len(classes)), 2)
-    mixed = [(matrix[i, j] + matrix[j, i], classes[j], classes[i]) for i, j in places]
-    worst = [f"{a} and {b} ({count} times)" for count, a, b in sorted(mixed)[:-4:-1] if count]
-    sentence = f"most often mixed up are {listing(worst)}" if worst else "nothing is mixed up"
-    if len(evaluations) > 1:
-        sentence = f"with {len(evaluations)} seeds together {sentence}"
+    split, seeds = evaluations[0]["split"], len(evaluations)
+    matrix = np.sum([evaluation["confusion_matrix"] for evaluation in evaluations], axis=0)
+    worst = plot.confused_pairs(evaluations)[:5]
+    sentence, pairs = f"{label} mixes up nothing", ""
+    if worst:
+        count, true, taken_for = worst[0]
+        sentence = f"{label} most often mixes up {classes[true]} and {classes[taken_for]}"
+        head = ["classes", "mixed up", "first taken for second", "second for first"]
+        lines = [
+            [f"{classes[i]}, {classes[j]}", count, matrix[i, j], matrix[j, i]]
+            for count, i, j in worst
+        ]
+        theirs = plot.read_evaluations(output, other) if other else []
+        caption = f"Mixed up most often on {split} photos"
+        caption += f", {seeds} seeds together." if seeds > 1 else "."
+        if theirs and theirs[0]["split"] == split:
+            head.append(f"mixed up by {other['label']}")
+            counts = np.sum([evaluation["confusion_matrix"] for evaluation in theirs], axis=0)
+            for line, (_, i, j) in zip(lines, worst, strict=True):
+                line.append(f"{(counts[i, j] + counts[j, i]) * seeds / len(theirs):.0f}")
+        pairs = table(head, lines, caption)
+    wrong = matrix.sum() - matrix.trace()
+    share = sum(count for count, _, _ in worst) / max(1, wrong)
     recalls, extremes = matrix.diagonal() / matrix.sum(1), []
     order = recalls.argsort(kind="stable")
     for i in (order[-1], order[0]):
-        support = matrix[i].sum() / len(evaluations)
-        low, high = evaluate.wilson_interval(recalls[i], support)
+        low, high = evaluate.wilson_interval(recalls[i], matrix[i].sum() / seeds)
         extremes.append(f"{classes[i]} ({recalls[i]:.0%} [{low:.0%}, {high:.0%}])")
     return f"""## {title}
 
-{label}: {sentence}. The best recognised class is {extremes[0]}, the worst {extremes[1]}.
+{sentence}. The best recognised class is {extremes[0]}, the worst {extremes[1]}. The pairs below are
+{share:.0%} of its mistakes. A pair that both kinds of networks mix up looks alike on these photos;
+one that only the network from scratch mixes up takes features that it has not learned from them.
 
-![Confusion matrix, {label}.](<figures/confusion_{name}_test.png>)
+{pairs}
 
-![Most confident mistakes, {label}.](<figures/mistakes_{name}.png>)
+![Confusion matrix, {label}.](<figures/confusion_{name}_{split}.png>)
+![Photos of what it mixes up.](<figures/pairs_{name}.png>)
 
-![Where it looks: class-activation maps, {label}.](<figures/attention_{name}.png>)"""
+![Where it looks: class-activation maps.](<figures/attention_{name}.png>)"""
 
 
 def weights_of(run):
@@ -385,20 +465,20 @@ def transfer(summary, runs):
         )
         starts.add(weights_of(run))
     head = "network, case", "parameters", "trained", "frozen", "frozen part unchanged"
-    pairs = [(row["label"], f"{row['label'].split(', ')[0]}, FC only") for row in rows]
-    return f"""## Fine-tuning pre-trained networks
+    verdict, differences = compare_cases(summary)
+    return f"""## Part 2: fine-tuning pre-trained networks
 
-A network that has learned a million photos of ImageNet has filters for edges, textures and parts.
-Fine-tuning replaces its last layer by one for the new classes and trains that alone, or the last
-convolutions with it. The rest is frozen: a few thousand photos are too few to improve millions of
-weights and enough to spoil them, and what is frozen has to be computed only once for each view of a
-photo.
+{verdict} A network that has learned a million photos of ImageNet has filters for edges, textures
+and parts. Fine-tuning replaces its last layer by one for the new classes and trains that alone, or
+the last convolutions with it. The rest is frozen: a few thousand photos are too few to improve
+millions of weights and enough to spoil them, and what is frozen has to be computed only once for
+each view of a photo.
 
 {table(head, lines, "What was frozen, and whether its weights and statistics stayed as loaded.")}
 
 {results_table(rows, f"The best learning rate of each by validation; {listing(sorted(starts))}.")}
 
-{compare_pairs(summary, pairs)}
+{differences}
 
 {why_more_layers(rows, runs)}
 
@@ -443,12 +523,14 @@ def sizes(summary):
             found.append(row["label"])
     own = [row for row in summary["sizes"] if row["label"] == summary["slopes"][0]["label"]]
     counts = listing([f"{row['photos_per_class']:.0f}" for row in own])
-    decided = f"It is settled for {listing(found)}." if found else "For none of them is it settled."
+    decided = "This study does not decide whether more photos help."
+    if found:
+        decided = f"More photos change the accuracy of {listing(found)}."
     return f"""## How many photos does it take?
 
-What twice as many photos are worth, from {counts} photos a class. {decided} The intervals hold for
-other test photos, not for other seeds; one more doubling may be worth as much, what lies beyond it
-these numbers do not say.
+{decided} What twice as many photos are worth is measured from {counts} photos a class. The
+intervals hold for other test photos, not for other seeds; one more doubling may be worth as much,
+what lies beyond it these numbers do not say.
 
 {table(("network", "points per doubling", "95% interval"), lines, "A straight line in log photos.")}
 
@@ -497,6 +579,9 @@ torch {versions}; seeds {seeds}.
 ![All chosen models, with 95% intervals.](<figures/overview.png>)"""
 
 
+FIGURE = re.compile(r"!\[(.*)\]\(<(.*)>\)")
+
+
 def write_report(output):
     """The report on a folder of results: a list of blocks of Markdown, without missing figures."""
     runs = read_runs(output)
@@ -507,35 +592,40 @@ def write_report(output):
     runs = {name: runs[name] for name in sorted({line["run"] for line in lines})}
     best = best_models(summary["models"])
     parts = ["# How well can a small CNN learn a few thousand photos?", title_block(runs)]
+    parts.append(in_short(summary, best))
     parts.append(photos(runs[summary["models"][0]["runs"][0]]))
-    if "scratch" in best:
-        parts.append(architectures(runs[best["scratch"]["runs"][0]]))
+    scratch_best, finetune_best = best.get("scratch"), best.get("finetune")
+    if scratch_best:
+        parts.append(architectures(runs[scratch_best["runs"][0]]))
     if summary["choices"] or summary.get("failed"):
         parts.append(grid(summary, runs))
-    if "scratch" in best:
+    if scratch_best:
         parts.append(scratch(summary, runs))
-        parts.append(errors(best["scratch"], output, "Where it errs: from scratch"))
-    if "finetune" in best:
+        parts.append(errors(scratch_best, finetune_best, output, "Where it errs: from scratch"))
+    if finetune_best:
         parts.append(transfer(summary, runs))
-        parts.append(errors(best["finetune"], output, "Where it errs: fine-tuned"))
+        parts.append(errors(finetune_best, scratch_best, output, "Where it errs: fine-tuned"))
     parts.append(sizes(summary))
     parts.append(conclusion(summary, runs, best))
     blocks = []
     # A blank line ends a block, but not within a function, where indented code follows.
     for block in re.split(r"\n\n+(?! )", "\n\n".join(part for part in parts if part)):
-        figure = re.fullmatch(r"!\[(.*)\]\(<(.*)>\)", block)
-        if figure is None:
+        if not block.startswith("!["):
             blocks.append(block)
-        elif (output / figure[2]).exists():
-            blocks += [block, f"*{figure[1]}*"]
+            continue
+        found = [(text, path) for text, path in FIGURE.findall(block) if (output / path).exists()]
+        if found:  # figures on lines without a blank one between them stand beside each other
+            blocks.append("\n".join(f"![{text}](<{path}>)" for text, path in found))
+            blocks.append(f"*{' '.join(text for text, _ in found)}*")
     return blocks
 
 
 # ---------------------------------------------------------------------------------------------
 # The page setter: title, headings, text, tables, pictures and code on A4
 
-PAGE, MARGIN = (8.27, 11.69), 0.75  # inches
+PAGE, MARGIN, GAP = (8.27, 11.69), 0.75, 0.15  # inches
 WIDTH = PAGE[0] - 2 * MARGIN
+FIGURE_HEIGHT = 3.4  # inches, at most
 # How a block begins: the inches that must be left for it on a page, its look (size in points).
 LOOKS = {
     "# ": (0.0, {"size": 18, "weight": "bold"}),
@@ -544,7 +634,7 @@ LOOKS = {
     "| ": (1.2, {"size": 7, "family": "DejaVu Sans Mono"}),
     "```": (0.6, {"size": 7, "family": "DejaVu Sans Mono"}),
     "*": (0.0, {"size": 8, "style": "italic"}),
-    "": (1.2, {"size": 9.5}),
+    "": (1.2, {"size": 9}),
 }
 
 
@@ -555,10 +645,12 @@ def set_pages(blocks, folder, file):
         start = next(start for start in LOOKS if block.startswith(start))
         room, look = LOOKS[start]
         if start == "![":
-            picture = Image.open(folder / re.search("<(.*)>", block)[1]).convert("RGB")
-            width = min(WIDTH, 4.6 * picture.width / picture.height)  # at most 4.6 inches high
-            height = width * picture.height / picture.width
-            lines, room = [picture], height + 0.6  # with its caption
+            row = [Image.open(folder / path).convert("RGB") for _, path in FIGURE.findall(block)]
+            shapes = [picture.width / picture.height for picture in row]
+            height = min(FIGURE_HEIGHT, (WIDTH - GAP * (len(row) - 1)) / sum(shapes))
+            # No larger than its letters need: a page's are smaller than a screen's.
+            height = min(height, 0.7 * row[0].height / row[0].info.get("dpi", (110, 110))[0])
+            lines, room = [row], height + 0.35  # with its caption
         elif start == "| ":  # as large as fits; a letter of this font is 0.602 of its size wide
             lines = [line[2:-2].replace(" | ", "   ") for line in block.split("\n")]
             look = {**look, "size": min(7, 72 * WIDTH / 0.602 / len(lines[0]))}
@@ -575,10 +667,13 @@ def set_pages(blocks, folder, file):
                 y = PAGE[1] - MARGIN
             room, y = 0.0, y - height
             if start == "![":
-                box = (PAGE[0] - width) / 2, y, width, height
-                axes = pages[-1].add_axes(np.divide(box, PAGE * 2))
-                axes.imshow(picture, aspect="auto", interpolation="none")
-                axes.axis("off")
+                x = (PAGE[0] - height * sum(shapes) - GAP * (len(row) - 1)) / 2
+                for picture, shape in zip(row, shapes, strict=True):
+                    box = np.divide((x, y, height * shape, height), PAGE * 2)
+                    axes = pages[-1].add_axes(box)
+                    axes.imshow(picture, aspect="auto", interpolation="none")
+                    axes.axis("off")
+                    x += height * shape + GAP
             else:
                 pages[-1].text(MARGIN / PAGE[0], y / PAGE[1], line, **look)
         y -= 0.14

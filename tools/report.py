@@ -92,7 +92,11 @@ def compare_pairs(summary, pairs, question):
 
     question: what the pairs are about, such as "whether dropout helps".
     """
-    rows, decided, methods = [], {}, set()
+    rows, decided, methods = (
+        [],
+        {},
+        set(),
+    )  # decided: (a, better or worse) -> those it is compared to
     for a, b in pairs:
         found = compared(summary, a, b)
         if found is None:
@@ -102,14 +106,18 @@ def compare_pairs(summary, pairs, question):
         interval, verdict = f"{low:+.1f} to {high:+.1f}", "yes" if line["different"] else "no"
         rows.append((a, b, f"{difference:+.1f}", interval, f"{line['p_value']:.2g}", verdict))
         if line["different"]:
-            decided.setdefault(("better" if difference > 0 else "worse", b), []).append(a)
+            decided.setdefault((a, "better" if difference > 0 else "worse"), []).append(b)
     if not rows:
         return "", ""
     sentence = f"This study does not decide {question}."
     if decided:
-        found = []
-        for (how, b), models_a in decided.items():
-            found.append(f"{listing(models_a)} {'are' if models_a[1:] else 'is'} {how} than {b}")
+        alike = {}  # (better or worse, than which) -> models
+        for (a, how), others in decided.items():
+            alike.setdefault((how, listing(others)), []).append(a)
+        found = [
+            f"{listing(own)} {'are' if len(own) > 1 else 'is'} {how} than {others}"
+            for (how, others), own in alike.items()
+        ]
         sentence = f"By the paired tests {'; '.join(found)}."
         left = len(rows) - sum(map(len, decided.values()))
         if left:
@@ -145,19 +153,31 @@ def compare_cases(summary):
     return compare_pairs(summary, pairs, "whether training more than the last layer helps")
 
 
+def compare_backbones(summary, best):
+    """(sentence, table) on the best fine-tuned network against the best of each other backbone."""
+    best_of = {}
+    for row in sorted(summary["models"], key=lambda row: row["validation_accuracy"]):
+        if row["kind"] == "finetune":  # the last one, the best, stays
+            best_of[row["label"].split(", ")[0]] = row
+    others = [row["label"] for row in best_of.values() if row["label"] != best["label"]]
+    pairs = [(best["label"], other) for other in others]
+    return compare_pairs(summary, pairs, "which backbone is the best")
+
+
 def in_short(summary, best):
     """What the study found, for those who read no further."""
     lines = []
     for row in best.values():
         kind = "from scratch" if row["kind"] == "scratch" else "pre-trained"
         accuracy = evaluate.format_accuracy(row, "test")
-        lines.append(
-            f"The best network {kind}, chosen on validation, is {row['label']}: {accuracy}."
-        )
+        text = f"The best network {kind}, chosen on validation, is {row['label']}"
+        lines.append(f"{text}: {accuracy} of the test photos.")
     if len(best) == 2:
         lines.append(describe_pair(summary, best["finetune"]["label"], best["scratch"]["label"]))
     lines.append(compare_networks(summary))
     lines += [compare_dropout(summary)[0], compare_cases(summary)[0]]
+    if "finetune" in best:
+        lines.append(compare_backbones(summary, best["finetune"])[0])
     return "\n\n".join(line for line in lines if line)
 
 
@@ -177,7 +197,8 @@ def results_table(rows, caption):
             mean = row["fresh_test_accuracy"]
             accuracies.append("" if mean is None else f"{mean:.1%}")
         lines.append((row["label"], *accuracies, gap, *cost))
-    return table(head, lines, f"{caption} Trained is the number of parameters.")
+    more = "Gap is validation minus test in points, trained the number of parameters."
+    return table(head, lines, f"{caption} {more}")
 
 
 def title_block(runs):
@@ -198,6 +219,13 @@ def last_epoch(run):
     last = run["history"][-1]
     return f"""{last["train_accuracy"]:.1%} of the training photos, distorted and mixed as they are
 there, and {last["validation_accuracy"]:.1%} of the validation photos"""
+
+
+def nine_tenths(run):
+    """The first epoch with nine tenths of the best validation accuracy."""
+    history = run["history"]
+    best = max(epoch["validation_accuracy"] for epoch in history)
+    return next(e["epoch"] for e in history if e["validation_accuracy"] >= 0.9 * best)
 
 
 def photos(run):
@@ -308,8 +336,6 @@ def grid_of(model, chosen, summary, runs):
     finding = "Neither learning rate nor batch size moves it by more than chance."
     if moved:
         finding = f"Beyond chance it is moved by the {listing(moved)}."
-    best = max(epoch["validation_accuracy"] for epoch in history)
-    early = next(e["epoch"] for e in history if e["validation_accuracy"] >= 0.9 * best)
     losses = np.array([epoch["validation_loss"] for epoch in history], dtype=float)
     low, judgement = np.nanargmin(losses), "is near its lowest to the end: no overfitting"
     if losses[-1] > 1.05 * losses[low]:
@@ -318,8 +344,8 @@ def grid_of(model, chosen, summary, runs):
     return f"""The {model} network reaches {" to ".join(limits)} on validation, the best epoch of
 each setting. {finding} {" ".join(sentence for sentence, _ in effects.values())} Chosen: learning
 rate {chosen["learning_rate"]:g}, batch {chosen["batch_size"]}; with seed {chosen["seed"]} it gets
-to nine tenths of its best accuracy in epoch {early} of {len(history)}. In the last epoch it is
-right on {last_epoch(run)}. Its validation loss {judgement}."""
+to nine tenths of its best accuracy in epoch {nine_tenths(run)} of {len(history)}. In the last epoch
+it is right on {last_epoch(run)}. Its validation loss {judgement}."""
 
 
 def grid(summary, runs):
@@ -371,16 +397,20 @@ def scratch(summary, runs):
     rows = [row for row in summary["models"] if row["kind"] == "scratch"]
     without, with_dropout = scratch_labels(summary)
     plain = [row for row in rows if row["label"] in without]
+    courses = listing([f"{nine_tenths(runs[row['runs'][0]])} ({row['label']})" for row in plain])
     written = f"""## The best of each, and what the skip does
 
 {compare_networks(summary)}
 
 {results_table(plain, "The best setting of each network by validation accuracy.")}
 
-Skips were made for networks of dozens of layers, whose gradients fade on their way back. Those of
-five layers with batch normalisation need not fade; what a skip can still do is hand the features of
-one block on to later ones. Chosen as the best of many epochs and settings on few photos, a model
-looks better on validation than it is; the gap to the test accuracy says by how much."""
+Skips were made for networks of dozens of layers, whose gradients fade on their way back, so that
+without skips they hardly learn. Five layers with batch normalisation do: nine tenths of the best
+validation accuracy are there in epoch {courses}. What a skip can still do is hand the features of
+one block on to later ones; how it is built matters more than whether it is there
+(results/EXPERIMENTS.md, fourth round). Chosen as the best of many epochs and settings on few
+photos, a model looks better on validation than it is; the gap to the test accuracy says by how
+much."""
     if not with_dropout:
         return written
     verdict, differences = compare_dropout(summary)
@@ -396,8 +426,6 @@ the distorted photos regularise them already.
 
 {why_dropout(plain, runs)}
 
-{results_table(rows, "Without and with dropout, at the setting chosen without.")}
-
 ![Dropout, with 95% intervals.](<figures/dropout.png>)"""
 
 
@@ -410,10 +438,10 @@ def errors(row, other, output, title):
     split, seeds = evaluations[0]["split"], len(evaluations)
     matrix = np.sum([evaluation["confusion_matrix"] for evaluation in evaluations], axis=0)
     worst = plot.confused_pairs(evaluations)[:5]
-    sentence, pairs = f"{label} mixes up nothing", ""
+    sentence, pairs = f"Nothing is mixed up by {label}", ""
     if worst:
         count, true, taken_for = worst[0]
-        sentence = f"{label} most often mixes up {classes[true]} and {classes[taken_for]}"
+        sentence = f"Most often {label} mixes up {classes[true]} and {classes[taken_for]}"
         head = ["classes", "mixed up", "first taken for second", "second for first"]
         lines = [
             [f"{classes[i]}, {classes[j]}", count, matrix[i, j], matrix[j, i]]
@@ -454,29 +482,30 @@ def weights_of(run):
     return "random weights" if name == "none" else f"pre-trained weights ({name})"
 
 
-def transfer(summary, runs):
+def transfer(summary, runs, best):
     rows = [row for row in summary["models"] if row["kind"] == "finetune"]
-    lines, starts = [], set()
-    for row in rows:
-        run, total, trained = runs[row["runs"][0]], row["parameters"], row["trainable_parameters"]
-        unchanged = "yes, bit for bit" if run["frozen_unchanged"] else "no"
-        lines.append(
-            (row["label"], f"{total:,}", f"{trained:,}", f"{total - trained:,}", unchanged)
-        )
-        starts.add(weights_of(run))
-    head = "network, case", "parameters", "trained", "frozen", "frozen part unchanged"
+    starts = {weights_of(runs[row["runs"][0]]) for row in rows}
+    changed = [
+        row["label"]
+        for row in rows
+        if not all(runs[name]["frozen_unchanged"] for name in row["runs"])
+    ]
+    frozen = "After training all frozen weights and statistics are as loaded, bit for bit."
+    if changed:
+        frozen = f"NOT as loaded are frozen weights of {listing(changed)}: these rows are wrong."
     verdict, differences = compare_cases(summary)
+    verdict_of_backbones, of_backbones = compare_backbones(summary, best)
     return f"""## Part 2: fine-tuning pre-trained networks
 
-{verdict} A network that has learned a million photos of ImageNet has filters for edges, textures
-and parts. Fine-tuning replaces its last layer by one for the new classes and trains that alone, or
-the last convolutions with it. The rest is frozen: a few thousand photos are too few to improve
-millions of weights and enough to spoil them, and what is frozen has to be computed only once for
-each view of a photo.
-
-{table(head, lines, "What was frozen, and whether its weights and statistics stayed as loaded.")}
+{verdict_of_backbones} {verdict} A network that has learned a million photos of ImageNet has filters
+for edges, textures and parts. Fine-tuning replaces its last layer by one for the new classes and
+trains that alone, or the last convolutions with it. The rest is frozen: a few thousand photos are
+too few to improve millions of weights and enough to spoil them, and what is frozen has to be
+computed only once for each view of a photo. {frozen}
 
 {results_table(rows, f"The best learning rate of each by validation; {listing(sorted(starts))}.")}
+
+{of_backbones}
 
 {differences}
 
@@ -603,7 +632,7 @@ def write_report(output):
         parts.append(scratch(summary, runs))
         parts.append(errors(scratch_best, finetune_best, output, "Where it errs: from scratch"))
     if finetune_best:
-        parts.append(transfer(summary, runs))
+        parts.append(transfer(summary, runs, finetune_best))
         parts.append(errors(finetune_best, scratch_best, output, "Where it errs: fine-tuned"))
     parts.append(sizes(summary))
     parts.append(conclusion(summary, runs, best))

@@ -679,7 +679,10 @@ def set_pages(blocks, folder, file):
             height = min(FIGURE_HEIGHT, (WIDTH - GAP * (len(row) - 1)) / sum(shapes))
             # No larger than its letters need: a page's are smaller than a screen's.
             height = min(height, 0.7 * row[0].height / row[0].info.get("dpi", (110, 110))[0])
-            lines, room = [row], height + 0.35  # with its caption
+            caption, left = 0.35, y - MARGIN
+            if 0.7 * height < left - caption < height:  # a little smaller, and it fits the page
+                height = left - caption
+            lines, room = [row], height + caption
         elif start == "| ":  # as large as fits; a letter of this font is 0.602 of its size wide
             lines = [line[2:-2].replace(" | ", "   ") for line in block.split("\n")]
             look = {**look, "size": min(7, 72 * WIDTH / 0.602 / len(lines[0]))}

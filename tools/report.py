@@ -327,6 +327,9 @@ apart, where chance alone can give {chance:.1f}."""
 def grid_of(model, chosen, summary, runs):
     """What the grid of one network shows, and the course of its chosen run, the first seed."""
     lines = [line for line in summary["grid"] if line["model"] == model]
+    lines = [
+        line for line in lines if line["seed"] == chosen["seed"]
+    ]  # others repeat the chosen one
     lines = [line for line in lines if line["validation_accuracy"] is not None]
     run, accuracies = runs[chosen["run"]], [line["validation_accuracy"] for line in lines]
     limits = dict.fromkeys(f"{limit(accuracies):.1%}" for limit in (min, max))

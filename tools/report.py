@@ -388,8 +388,8 @@ def why_dropout(rows, runs):
         courses.append(f"{row['label']} {last_epoch(run)}")
         if last["train_accuracy"] - last["validation_accuracy"] >= 0.05:
             by_heart.append(row["label"])
-    reason = """None of them knows its training photos by heart, so there is nothing that dropout
-could prevent, and every unit left out takes away from what is learned in these epochs."""
+    reason = """None of them knows its training photos by heart, so there is little that dropout
+could prevent, and the units left out may be missed in what is learned in these epochs."""
     if by_heart:
         reason = f"""{listing(by_heart)} begins to know the training photos by heart, which is what
 dropout may prevent."""

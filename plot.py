@@ -244,12 +244,17 @@ def class_names(evaluation):
     return [name.replace("_", " ") for name in evaluation["classes"]]
 
 
+def add_up(evaluations):
+    """Confusion matrix, int64 [classes, classes], of all seeds of a model together."""
+    return np.sum([evaluation["confusion_matrix"] for evaluation in evaluations], axis=0)
+
+
 def draw_confusion(path, row, evaluations):
     """Counts, true classes down and predicted ones across; the shades of a row sum to 1.
 
     row: of the summary's `models`; evaluations: of all its seeds on one split, added up.
     """
-    counts = np.sum([evaluation["confusion_matrix"] for evaluation in evaluations], axis=0)
+    counts = add_up(evaluations)
     split, seeds = evaluations[0]["split"], len(evaluations)
     classes = [textwrap.shorten(name, 28) for name in class_names(evaluations[0])]
     side, many = min(WIDTH, max(5.8, 3 + 0.26 * len(classes))), len(classes) > MANY_CLASSES
@@ -337,13 +342,12 @@ def draw_mistakes(path, label, evaluation, data):
     save(figure, path, f"{label}: most confident mistakes on {evaluation['split']} photos")
 
 
-def confused_pairs(evaluations):
+def confused_pairs(counts):
     """Pairs of classes that are mixed up, the most often mixed first.
 
-    evaluations: of all seeds of a model. Returns a list of (how often, class, class), the classes
-    as their numbers, the one that is more often taken for the other first.
+    counts: a confusion matrix, int64 [classes, classes]. Returns a list of (how often, class,
+    class), the classes as their numbers, the one that is more often taken for the other first.
     """
-    counts = np.sum([evaluation["confusion_matrix"] for evaluation in evaluations], axis=0)
     pairs = []
     for i, j in itertools.combinations(range(len(counts)), 2):
         true, taken_for = (i, j) if counts[i, j] >= counts[j, i] else (j, i)
@@ -355,9 +359,10 @@ def confused_pairs(evaluations):
 def draw_pairs(path, label, evaluations, data):
     """Photos of the three most mixed up pairs of classes, a row each, those of the first seed."""
     classes, rows = class_names(evaluations[0]), []
-    for _, one, other in confused_pairs(evaluations)[:3]:
+    guesses = sorted(evaluations[0]["predictions"], key=lambda guess: -guess["probability"])
+    for _, one, other in confused_pairs(add_up(evaluations))[:3]:
         row = []
-        for guess in sorted(evaluations[0]["predictions"], key=lambda guess: -guess["probability"]):
+        for guess in guesses:
             if {guess["label"], guess["predicted"]} == {one, other} and len(row) < 4:
                 photo = read_photo(Path(data, evaluations[0]["split"], guess["file"]))
                 if photo is not None:

@@ -439,8 +439,8 @@ def errors(row, other, output, title):
         return ""
     classes, label, name = evaluations[0]["classes"], row["label"], row["runs"][0]
     split, seeds = evaluations[0]["split"], len(evaluations)
-    matrix = np.sum([evaluation["confusion_matrix"] for evaluation in evaluations], axis=0)
-    worst = plot.confused_pairs(evaluations)[:5]
+    matrix = plot.add_up(evaluations)
+    worst = plot.confused_pairs(matrix)[:5]
     sentence, pairs = f"Nothing is mixed up by {label}", ""
     if worst:
         count, true, taken_for = worst[0]
@@ -455,7 +455,7 @@ def errors(row, other, output, title):
         caption += f", {seeds} seeds together." if seeds > 1 else "."
         if theirs and theirs[0]["split"] == split:
             head.append(f"mixed up by {other['label']}")
-            counts = np.sum([evaluation["confusion_matrix"] for evaluation in theirs], axis=0)
+            counts = plot.add_up(theirs)
             for line, (_, i, j) in zip(lines, worst, strict=True):
                 line.append(f"{(counts[i, j] + counts[j, i]) * seeds / len(theirs):.0f}")
         pairs = table(head, lines, caption)

@@ -783,7 +783,7 @@ def study_progress(output):
 
 
 def environment(run):
-    """Versions, the name of the device and the date, for the run's JSON."""
+    """Versions, the name of the device, its precision and the date, for the run's JSON."""
     device = pick_device(run.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
@@ -792,6 +792,7 @@ def environment(run):
         "torch": torch.__version__,
         "torchvision": version("torchvision"),
         "device": f"{device.type} {name}",
+        "precision": str(product_dtype(device, run.precision)).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "processes": data.processes()[1],
     }

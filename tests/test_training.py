@@ -57,8 +57,8 @@ def test_the_json_has_what_it_promises(photos):
     assert run["config"]["batch_size"] == 14 and run["config"]["learning_rate"] == 0.02
     assert set(run["data"]) == {"fingerprint", "classes", "counts"}
     assert run["data"]["counts"]["test"] == {"blue": 5, "green": 5, "red": 5}
-    about = {"date", "python", "torch", "torchvision", "device", "threads", "processes"}
-    assert about == set(run["environment"])
+    versions, machine = {"date", "python", "torch", "torchvision"}, {"device", "precision"}
+    assert set(run["environment"]) == versions | machine | {"threads", "processes"}
     assert run["model"]["convolutions"] == 5 and run["model"]["linear_layers"] == 2
     assert [epoch["epoch"] for epoch in run["history"]] == [1, 2, 3, 4, 5, 6]
     keys = {f"{split}_{what}" for split in ("train", "validation") for what in ("loss", "accuracy")}

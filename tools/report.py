@@ -205,7 +205,7 @@ def title_block(runs):
     """On what, when and with what the runs were made."""
     environments = [run["environment"] for run in runs.values()]
     used = {}
-    for key in ("date", "device", "torch", "torchvision"):
+    for key in ("date", "device", "precision", "torch", "torchvision"):
         used[key] = sorted({str(each[key]) for each in environments if key in each})
     dates = used.pop("date")
     when = [f"runs of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"] if dates else []

@@ -46,8 +46,10 @@ def code(*functions):
 
 
 def listing(items):
-    """a, b and c."""
+    """a, b and c; with semicolons if a name has a comma of its own."""
     *first, last = items
+    if first and any("," in item for item in items):
+        return f"{'; '.join(first)}; and {last}"
     return f"{', '.join(first)} and {last}" if first else last
 
 
@@ -92,11 +94,8 @@ def compare_pairs(summary, pairs, question):
 
     question: what the pairs are about, such as "whether dropout helps".
     """
-    rows, decided, methods = (
-        [],
-        {},
-        set(),
-    )  # decided: (a, better or worse) -> those it is compared to
+    rows, methods = [], set()
+    decided = {}  # (a, better or worse) -> those it is compared to
     for a, b in pairs:
         found = compared(summary, a, b)
         if found is None:
@@ -326,11 +325,13 @@ apart, where chance alone can give {chance:.1f}."""
 
 def grid_of(model, chosen, summary, runs):
     """What the grid of one network shows, and the course of its chosen run, the first seed."""
-    lines = [line for line in summary["grid"] if line["model"] == model]
     lines = [
-        line for line in lines if line["seed"] == chosen["seed"]
-    ]  # others repeat the chosen one
-    lines = [line for line in lines if line["validation_accuracy"] is not None]
+        line
+        for line in summary["grid"]
+        if line["model"] == model
+        and line["seed"] == chosen["seed"]  # other seeds repeat the chosen setting only
+        and line["validation_accuracy"] is not None
+    ]
     run, accuracies = runs[chosen["run"]], [line["validation_accuracy"] for line in lines]
     limits = dict.fromkeys(f"{limit(accuracies):.1%}" for limit in (min, max))
     total, history = sum(run["data"]["counts"]["validation"].values()), run["history"]
@@ -441,10 +442,14 @@ def errors(row, other, output, title):
     split, seeds = evaluations[0]["split"], len(evaluations)
     matrix = plot.add_up(evaluations)
     worst = plot.confused_pairs(matrix)[:5]
-    sentence, pairs = f"Nothing is mixed up by {label}", ""
+    finding, meaning, pairs = f"Nothing is mixed up by {label}.", "", ""
     if worst:
         count, true, taken_for = worst[0]
-        sentence = f"Most often {label} mixes up {classes[true]} and {classes[taken_for]}"
+        share = sum(count for count, _, _ in worst) / (matrix.sum() - matrix.trace())
+        finding = f"""Most often {label} mixes up {classes[true]} and {classes[taken_for]}; the
+pairs below are {share:.0%} of its mistakes."""
+        meaning = """A pair that both kinds of networks mix up looks alike on these photos; one that
+only the network from scratch mixes up takes features that it has not learned from them."""
         head = ["classes", "mixed up", "first taken for second", "second for first"]
         lines = [
             [f"{classes[i]}, {classes[j]}", count, matrix[i, j], matrix[j, i]]
@@ -459,8 +464,6 @@ def errors(row, other, output, title):
             for line, (_, i, j) in zip(lines, worst, strict=True):
                 line.append(f"{(counts[i, j] + counts[j, i]) * seeds / len(theirs):.0f}")
         pairs = table(head, lines, caption)
-    wrong = matrix.sum() - matrix.trace()
-    share = sum(count for count, _, _ in worst) / max(1, wrong)
     recalls, extremes = matrix.diagonal() / matrix.sum(1), []
     order = recalls.argsort(kind="stable")
     for i in (order[-1], order[0]):
@@ -468,9 +471,7 @@ def errors(row, other, output, title):
         extremes.append(f"{classes[i]} ({recalls[i]:.0%} [{low:.0%}, {high:.0%}])")
     return f"""## {title}
 
-{sentence}. The best recognised class is {extremes[0]}, the worst {extremes[1]}. The pairs below are
-{share:.0%} of its mistakes. A pair that both kinds of networks mix up looks alike on these photos;
-one that only the network from scratch mixes up takes features that it has not learned from them.
+{finding} The best recognised class is {extremes[0]}, the worst {extremes[1]}. {meaning}
 
 {pairs}
 
@@ -542,31 +543,47 @@ def why_more_layers(rows, runs):
 photos themselves rather than the dishes."""
 
 
-def sizes(summary):
+def sizes(summary, best):
     """What more training photos are worth; "" if that was not measured."""
-    if not summary.get("slopes"):
+    slopes = summary.get("slopes")
+    if not slopes:
         return ""
-    lines, found = [], []
-    for row in summary["slopes"]:
-        low, high = (100 * value for value in row["interval_95"])
-        slope = 100 * row["slope"]
+    lines, helped, open_ = [], [], []
+    for row in slopes:
+        slope, low, high = (100 * value for value in (row["slope"], *row["interval_95"]))
         lines.append((row["label"], f"{slope:+.1f}", f"{low:+.1f} to {high:+.1f}"))
-        if low > 0 or high < 0:
-            found.append(row["label"])
-    own = [row for row in summary["sizes"] if row["label"] == summary["slopes"][0]["label"]]
+        (helped if low > 0 else open_).append(row["label"])
+    finding = f"More photos help {listing(helped)}." if helped else ""
+    if open_:
+        finding += f" Whether they help {listing(open_)} this study can't tell."
+    own = [row for row in summary["sizes"] if row["label"] == slopes[0]["label"]]
     counts = listing([f"{row['photos_per_class']:.0f}" for row in own])
-    decided = "This study does not decide whether more photos help."
-    if found:
-        decided = f"More photos change the accuracy of {listing(found)}."
     return f"""## How many photos does it take?
 
-{decided} What twice as many photos are worth is measured from {counts} photos a class. The
-intervals hold for other test photos, not for other seeds; one more doubling may be worth as much,
-what lies beyond it these numbers do not say.
+{finding} {catch_up(summary, best)} What twice as many photos are worth is measured from {counts}
+photos a class. The intervals hold for other test photos, not for other seeds; one more doubling may
+be worth as much, what lies beyond it these numbers do not say.
 
 {table(("network", "points per doubling", "95% interval"), lines, "A straight line in log photos.")}
 
 ![Test accuracy over the number of training photos a class.](<figures/sizes.png>)"""
+
+
+def catch_up(summary, best):
+    """How far the best network from scratch, on all photos, is from the best fine-tuned on few."""
+    slope_of = {row["label"]: row["slope"] for row in summary["slopes"]}
+    if len(best) < 2 or not all(row["label"] in slope_of for row in best.values()):
+        return ""
+    scratch, finetuned = (
+        [row for row in summary["sizes"] if row["label"] == best[kind]["label"]]
+        for kind in ("scratch", "finetune")
+    )
+    most, fewest = scratch[-1], finetuned[0]
+    after = most["test_accuracy"] + slope_of[most["label"]]
+    return f"""With {fewest["photos_per_class"]:.0f} photos a class {fewest["label"]} is right on
+{evaluate.format_accuracy(fewest, "test")} of the test photos, {most["label"]} with
+{most["photos_per_class"]:.0f} on {evaluate.format_accuracy(most, "test")}, and twice as many would
+take it to {after:.0%} if its slope held."""
 
 
 def conclusion(summary, runs, best):
@@ -599,14 +616,20 @@ def conclusion(summary, runs, best):
         for key in ("device", "torch")
     )
     seeds = listing([str(n) for n in sorted({run["config"]["seed"] for run in runs.values()})])
+    precisions = {run["environment"].get("precision") for run in runs.values()} - {None}
+    unlike = ""
+    if len(precisions) > 1:
+        unlike = f"""Runs in {listing(sorted(precisions))} were made on processors of different
+speed: their seconds do not compare.
+"""
     return f"""## {title}
 
 {duel}
 
 {results_table(rows, "All chosen models.")}
 
-{tests}The study took {minutes:.0f} minutes of training in {len(runs)} runs, on {devices} with
-torch {versions}; seeds {seeds}.
+{tests}{unlike}The study took {minutes:.0f} minutes of training in {len(runs)} runs, on {devices}
+with torch {versions}; seeds {seeds}.
 
 ![All chosen models, with 95% intervals.](<figures/overview.png>)"""
 
@@ -637,7 +660,7 @@ def write_report(output):
     if finetune_best:
         parts.append(transfer(summary, runs, finetune_best))
         parts.append(errors(finetune_best, scratch_best, output, "Where it errs: fine-tuned"))
-    parts.append(sizes(summary))
+    parts.append(sizes(summary, best))
     parts.append(conclusion(summary, runs, best))
     blocks = []
     # A blank line ends a block, but not within a function, where indented code follows.

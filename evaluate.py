@@ -351,11 +351,11 @@ def classify_photos(name, arguments, device):
 def label_of(config):
     """What a chosen model is called in every table and figure."""
     if "model" in config:
-        dropout = f", dropout {config['dropout']:g}" if config["dropout"] else ""
+        dropout = f" (dropout {config['dropout']:g})" if config["dropout"] else ""
         return f"{config['model']} CNN{dropout}"
     count = config["unfreeze_convolutions"]
     case = f"last {count} convolutions + FC" if count else "FC only"
-    return f"{config['backbone']}, {case}"
+    return f"{config['backbone']} ({case})"
 
 
 def largest_group(runs, vary):
@@ -486,13 +486,18 @@ def at_setting(runs, setting):
 
 
 def add_scratch(summary, name, runs, output):
-    """Add one network from scratch: its grid, what was chosen, and that with dropout."""
+    """Add one network from scratch: its grid, what was chosen, and that with dropout.
+
+    Runs of seeds that only repeat what was chosen are no part of the grid.
+    """
     grid = [run for run in runs if run["config"]["dropout"] == 0]
     if not grid:
         return
     setting, choosing = engine.best_setting(grid), engine.choosing_seeds(grid)
     chosen, with_dropout = at_setting(grid, setting), at_setting(runs, setting)
-    summary["grid"] += [table_line(run, run in chosen) for run in grid]
+    summary["grid"] += [
+        table_line(run, run in chosen) for run in grid if run["config"]["seed"] in choosing
+    ]
     if chosen:
         summary["choices"][name] = [table_line(run, True) for run in chosen]
         summary["dropout"] += [table_line(run, run in chosen) for run in with_dropout]

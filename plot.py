@@ -446,7 +446,7 @@ def draw_all(output, data):
     summary = read_summary(output, runs)
     figures, grid, models = output / "figures", summary["grid"], summary["models"]
     row_of = {name: row for row in models for name in row["runs"]}
-    labels = {name: row["label"].replace(", ", "\n") for name, row in row_of.items()}
+    labels = {name: row["label"].replace(" (", "\n(") for name, row in row_of.items()}
     for stage in ("grid", "dropout", "transfer", "models"):
         if not summary[stage]:
             print(f"skipped the figures of `{stage}`: summary.json lists no run of it yet")

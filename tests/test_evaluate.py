@@ -288,7 +288,7 @@ def test_the_whole_study_from_the_grid_to_the_summary(photos, capsys):
     [line] = summary["comparisons"]
     assert line["method"] == "exact McNemar test of one run each" and not line["different"]
     table = capsys.readouterr().out
-    assert evaluate.format_accuracy(row, "test") in table and "plain CNN, dropout 0.2" in table
+    assert evaluate.format_accuracy(row, "test") in table and "plain CNN (dropout 0.2)" in table
 
 
 def test_an_evaluation_is_made_once_for_the_same_weights_and_photos(photos):

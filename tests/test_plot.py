@@ -84,14 +84,14 @@ def write_study(output, classes=CLASSES, photos=25, epochs=12, seeds=1):
         choose(f"{model} CNN", "scratch", chosen)
         more = {"dropout": 0.5, "chosen": False}
         dropped = write_run(output, f"{model}-dropout", model, 0.4, **look, **more)
-        choose(f"{model} CNN, dropout 0.5", "scratch", [dropped], test=None)
+        choose(f"{model} CNN (dropout 0.5)", "scratch", [dropped], test=None)
         summary["grid"] += chosen
         summary["dropout"] += [*chosen, dropped]
     for count, case in ((0, "FC only"), (2, "last 2 convolutions + FC")):
         more, name = {"unfreeze_convolutions": count}, f"mobilenet_v2-u{count}"
         line = write_run(output, name, "mobilenet_v2", 0.85 + count / 40, **look, **more)
         summary["transfer"].append(line)
-        choose(f"mobilenet_v2, {case}", "finetune", [line])
+        choose(f"mobilenet_v2 ({case})", "finetune", [line])
     write(output / "summary.json", summary)
     return summary
 
@@ -228,9 +228,9 @@ def test_accuracy_over_the_number_of_photos_is_one_line_a_network(tmp_path, figu
             "test_accuracy": 0.5,
             "test_interval_95": [0.4, 0.6],
         }
-        for label in ("plain CNN", "mobilenet_v2, FC only")
+        for label in ("plain CNN", "mobilenet_v2 (FC only)")
         for photos in (25, 50, 99.6)
     ]
     plot.draw_sizes(tmp_path / "sizes.png", rows)
     shown = text(figures["sizes"])
-    assert "plain CNN" in shown and "mobilenet_v2, FC only" in shown and "100" in shown
+    assert "plain CNN" in shown and "mobilenet_v2 (FC only)" in shown and "100" in shown

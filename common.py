@@ -27,9 +27,10 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
-        for word in re.findall(r"--[\w-]+", message) if "unrecognized" in message else []:
-            for near in difflib.get_close_matches(word, self._option_string_actions, n=1):
-                message += f" (did you mean {near}?)"
+        if "unrecognized" in message:
+            for word in re.findall(r"--[\w-]+", message):
+                for near in difflib.get_close_matches(word, self._option_string_actions, n=1):
+                    message += f" (did you mean {near}?)"
         self.exit(2, f"{self.prog}: {message}. `python {self.prog} --help` lists the flags.\n")
 
 
@@ -76,6 +77,14 @@ def add_place_flags(parser):
     flag("--output", default="results", metavar="DIR", help="folder of results")
     flag("--cache", default=".cache", metavar="DIR", help="folder of decoded photos")
     flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
+
+
+def split_folder(directory, split):
+    """Path of a split in a data folder: val/ is taken for validation/."""
+    folder = Path(directory, split)
+    if split == "validation" and not folder.is_dir() and Path(directory, "val").is_dir():
+        folder = Path(directory, "val")
+    return folder
 
 
 def cpu_count():

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from common import cpu_count, lock, read_json, write_json
+from common import cpu_count, lock, read_json, split_folder, write_json
 
 import numpy as np
 import torch
@@ -51,14 +51,6 @@ class Augmentation(NamedTuple):
     rotation: float  # largest angle, degrees
     jitter: float  # largest change of brightness, contrast and saturation, as a fraction
     flip: float  # probability of a mirrored photo
-
-
-def split_folder(directory, split):
-    """Path of a split in a data folder: val/ is taken for validation/."""
-    folder = Path(directory, split)
-    if split == "validation" and not folder.is_dir() and Path(directory, "val").is_dir():
-        folder = Path(directory, "val")
-    return folder
 
 
 def visible_entries(folder):
@@ -436,7 +428,7 @@ class Loader:
         drawn = draw_augmentation(len(self.labels), generator, self.augmentation)
         return [parameters.to(self.device, non_blocking=True) for parameters in drawn]
 
-    def split(self, order):
+    def shares(self, order):
         """Indices int64 [N] -> a list with this process's share of each batch, int64 [b]."""
         rank, count = processes()
         return [batch.tensor_split(count)[rank] for batch in order.tensor_split(len(self))]
@@ -446,7 +438,7 @@ class Loader:
         # Both copies are made here, once: within an epoch nothing waits for the device.
         here = order.to(self.images.device)
         there = here.to(self.device)
-        for index_of_images, index in zip(self.split(here), self.split(there), strict=True):
+        for index_of_images, index in zip(self.shares(here), self.shares(there), strict=True):
             images = self.images[index_of_images]
             if self.device.type == "cuda" and images.device.type == "cpu":
                 images = images.pin_memory()  # so that the copy need not be waited for

@@ -37,15 +37,21 @@ import models
 
 # Flags that say where and how fast a run happens: they never make it a different one.
 PLACE_FLAGS = (
-    *("data", "output", "cache", "device", "name"),
-    *("best_of_grid", "checkpoint_seconds", "feature_memory"),
+    "data",
+    "output",
+    "cache",
+    "device",
+    "threads",
+    "name",
+    "best_of_grid",
+    "checkpoint_seconds",
+    "feature_memory",
 )
 # A run's name spells these out, or leaves them out; any other appears in it if not at default.
-NAMED_FLAGS = ("model", "backbone", "unfreeze_convolutions", "threads")
-# Flags that take several values, so their defaults are lists; each combination is a run.
+NAMED_FLAGS = ("model", "backbone", "unfreeze_convolutions")
+# Flags that take several values, so their defaults are lists; each combination is a run. They are
+# also what the runs of one network's grid and its dropout variants differ in.
 PLURAL_FLAGS = ("seed", "batch_size", "dropout", "learning_rate")
-# What the runs of one network's grid and its dropout variants may differ in.
-GRID_FLAGS = (*PLURAL_FLAGS, "threads")
 EVALUATION_BATCH = 64
 
 
@@ -95,7 +101,7 @@ def load_photos(arguments):
     return Photos(train, validation, description)
 
 
-def take_photos(photos, run):
+def photos_of_run(photos, run):
     """The Photos of a run: those of --train-photos, or all."""
     if not run.train_photos:
         return photos
@@ -197,7 +203,8 @@ def choosing_seeds(runs):
     seeds = {}
     for run in runs:
         seeds.setdefault(setting_of(run), set()).add(run["config"]["seed"])
-    return set.intersection(*seeds.values()) or set.union(*seeds.values())
+    shared = set.intersection(*seeds.values())
+    return shared if shared else set.union(*seeds.values())
 
 
 def best_setting(runs):
@@ -227,7 +234,7 @@ def take_best_of_grid(parser, arguments, photos):
     The grid: the runs in output/ that have the settings of `arguments` but for what a grid varies,
     with the dropout that is the default, on all training photos.
     """
-    vary = (*GRID_FLAGS, "train_photos")
+    vary = (*PLURAL_FLAGS, "train_photos")
     wanted = settings(vars(arguments), vary)
     grid = [
         run
@@ -488,14 +495,14 @@ def train_step(model, optimizers, inputs, labels, square, factor, weight, run, c
     """
     for group in parameter_groups(optimizers):
         group["lr"] = group["highest_lr"] * factor
-    share = 1.0
     if square is not None:
         inputs, share = cutmix(inputs, square)
     with context:
         logits = model(inputs)
     logits = logits.float()
     targets = F.one_hot(labels, logits.shape[1]).to(logits)
-    targets = torch.lerp(targets.roll(1, 0), targets, share)
+    if square is not None:  # share of this label, the rest of the one that was pasted
+        targets = torch.lerp(targets.roll(1, 0), targets, share)
     loss = F.cross_entropy(logits, targets, label_smoothing=run.label_smoothing)
     model.zero_grad()
     (loss * weight).backward()
@@ -509,18 +516,19 @@ def train_one_epoch(model, loader, optimizers, epoch, run, context):
 
     Sums stay on the device and are read once, at the end.
     """
-    seed, (rank, count) = run.seed * 1_000_003 + epoch, data.processes()
+    rank, count = data.processes()
+    seed = run.seed * 1_000_003 + epoch
     torch.manual_seed(seed)  # of CutMix, the same in all processes, and of dropout
-    mixing, squares = getattr(run, "cutmix", 0), [None] * len(loader)
-    if mixing:  # features of a frozen part can't be mixed
-        squares = draw_squares(len(loader), mixing, run.image_size, loader.device)
+    squares = [None] * len(loader)
+    probability = getattr(run, "cutmix", 0)  # features of a frozen part can't be mixed
+    if probability:
+        squares = draw_squares(len(loader), probability, run.image_size, loader.device)
     if rank > 0:
         torch.manual_seed(seed + 7_368_787 * rank)
-    fractions = [(step + 1) / (len(loader) + 1) for step in range(len(loader))]
-    factors = [  # of the learning rates: no step has zero
-        learning_rate_factor(epoch + fraction, run.epochs, run.warmup_epochs, run.schedule)
-        for fraction in fractions
-    ]
+    factors = []  # of the learning rates; no step has zero
+    for step in range(len(loader)):
+        now = epoch + (step + 1) / (len(loader) + 1)
+        factors.append(learning_rate_factor(now, run.epochs, run.warmup_epochs, run.schedule))
     factors = torch.tensor(factors, device=loader.device)
     sizes = [len(batch) for batch in loader.labels.tensor_split(len(loader))]  # of all processes
     loader.set_epoch(epoch)
@@ -748,7 +756,7 @@ def save_run(kind, run, photos, model, result, **more):
         "kind": kind,
         "config": config,
         "data": photos.description,
-        "environment": environment(run),
+        "environment": environment(run.device, run.precision),
         "model": {"name": getattr(run, "model", None) or run.backbone, **models.counts(model)},
         "history": result.history,
         "best": result.best,
@@ -782,9 +790,9 @@ def study_progress(output):
     return f", run {number_of_run} of {total}, {minutes:.0f} minutes left"
 
 
-def environment(run):
+def environment(device, precision):
     """Versions, the name of the device, its precision and the date, for the run's JSON."""
-    device = pick_device(run.device)
+    device = pick_device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -792,7 +800,7 @@ def environment(run):
         "torch": torch.__version__,
         "torchvision": version("torchvision"),
         "device": f"{device.type} {name}",
-        "precision": str(product_dtype(device, run.precision)).removeprefix("torch."),
+        "precision": str(product_dtype(device, precision)).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "processes": data.processes()[1],
     }

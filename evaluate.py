@@ -25,10 +25,9 @@ import data
 import engine
 import models
 
-METRICS_FORMAT = 1  # raise it when an evaluation says more, so that old ones are made again
-# What transfer runs of one network and one case differ in.
-SAME_SIZES = ("train_photos", "seed", "threads")  # what runs on fewer photos may differ in
-SAME_CASE = ("learning_rate", "batch_size", "seed", "threads")
+METRICS_FORMAT = 2  # raise it when an evaluation says more, so that old ones are made again
+SIZE_FLAGS = ("train_photos", "seed")  # what a chosen model's runs on fewer photos differ in
+CASE_FLAGS = ("learning_rate", "batch_size", "seed")  # what runs of one case of a backbone do
 
 
 # ---------------------------------------------------------------------------------------------
@@ -256,12 +255,6 @@ def examples(labels, predicted, probabilities):
     return chosen
 
 
-def stamp_of(run, split):
-    """What an evaluation is of: the digests of the weights and of the photos, one string."""
-    unknown = "0" * 64  # of a run of an earlier version, or of one that has failed
-    return (run.get("checkpoint_sha256") or unknown) + split.fingerprint
-
-
 def evaluate_run(name, split_name, arguments, device):
     """Evaluate one run on a split and write its JSON, unless that is there and still true."""
     path = Path(arguments.output, "runs", f"{name}.json")
@@ -278,9 +271,14 @@ def evaluate_run(name, split_name, arguments, device):
             )
         ending += f"-{split.fingerprint[:8]}"  # the evaluation on its own photos stays
     path = Path(arguments.output, "evaluations", f"{name}.{ending}.json")
+    of_what = {
+        "checkpoint_sha256": run.get("checkpoint_sha256"),
+        "photos": split.fingerprint,
+        "format": METRICS_FORMAT,
+    }
     if path.exists():
         stored = read_json(path)
-        if stored.get("stamp") == stamp_of(run, split) and stored.get("format") == METRICS_FORMAT:
+        if all(stored.get(key) == value for key, value in of_what.items()):
             return stored
     model, checkpoint = load_model(arguments.output, name, device)
     classes = checkpoint["classes"]
@@ -299,8 +297,7 @@ def evaluate_run(name, split_name, arguments, device):
         "name": name,
         "split": split_name,
         "flip": arguments.flip,
-        "stamp": stamp_of(run, split),
-        "format": METRICS_FORMAT,
+        **of_what,
         "classes": classes,
         **metrics(labels, probabilities, classes),
         "predictions": [
@@ -407,10 +404,10 @@ def model_row(runs, choosing, output):
     validation = [run["best"]["validation_accuracy"] for run in runs]
     fresh = [run for run in runs if run["config"]["seed"] not in choosing]
     evaluations = [read_evaluation(output, run["name"]) for run in runs]
-    for run, evaluation in zip(runs, evaluations, strict=True):
-        digest = run.get("checkpoint_sha256")  # results of an earlier version have none
-        if evaluation and digest and not evaluation["stamp"].startswith(digest):
-            evaluations = [None]  # of weights that have been trained anew since
+    measured = all(  # and not trained anew since
+        evaluation and evaluation["checkpoint_sha256"] == run.get("checkpoint_sha256")
+        for run, evaluation in zip(runs, evaluations, strict=True)
+    )
     row = {
         "label": label_of(runs[0]["config"]),
         "kind": runs[0]["kind"],
@@ -433,7 +430,7 @@ def model_row(runs, choosing, output):
     if fresh:
         accuracies = [run["best"]["validation_accuracy"] for run in fresh]
         row["fresh_validation_accuracy"] = mean(accuracies)
-    if all(evaluations):
+    if measured:
         test = [evaluation["accuracy"] for evaluation in evaluations]
         row["test_accuracy"], row["test_spread"] = mean(test), spread(test)
         photos = len(evaluations[0]["predictions"])
@@ -448,7 +445,8 @@ def model_row(runs, choosing, output):
 def read_evaluation(output, name, split="test"):
     """The content of an evaluation's JSON, or None if it has not been made."""
     path = Path(output, "evaluations", f"{name}.{split}.json")
-    return read_json(path, "accuracy", "predictions", "stamp") if path.exists() else None
+    keys = ("accuracy", "predictions", "checkpoint_sha256", "photos")
+    return read_json(path, *keys) if path.exists() else None
 
 
 def right_photos(output, name, split="test"):
@@ -469,7 +467,7 @@ def compare(rows, output):
     measured = [row for row in rows if row["test_accuracy"] is not None]
     names = [name for row in measured for name in row["runs"]]
     right = {name: right_photos(output, name) for name in names}
-    photos = {name: read_evaluation(output, name)["stamp"][64:] for name in names}
+    photos = {name: read_evaluation(output, name)["photos"] for name in names}
     for a, b in itertools.combinations(measured, 2):
         seeds = [seed for seed in a["seeds"] if seed in b["seeds"]]
         pair = [row["runs"][row["seeds"].index(seed)] for row in (a, b) for seed in seeds]
@@ -522,8 +520,8 @@ def add_sizes(summary, runs, study, output):
     run_of = {run["name"]: run for run in study}
     for model in summary["models"]:
         label, chosen, rows = model["label"], run_of[model["runs"][0]], []
-        same = engine.settings(chosen["config"], SAME_SIZES)
-        of_chosen = [run for run in runs if engine.settings(run["config"], SAME_SIZES) == same]
+        same = engine.settings(chosen["config"], SIZE_FLAGS)
+        of_chosen = [run for run in runs if engine.settings(run["config"], SIZE_FLAGS) == same]
         if not of_chosen:
             continue
         for run in [*of_chosen, chosen]:
@@ -587,9 +585,9 @@ def summarise(output):
         "slopes": [],
     }
     for name, members in sorted(scratch.items()):
-        add_scratch(summary, name, largest_group(members, engine.GRID_FLAGS), output)
+        add_scratch(summary, name, largest_group(members, engine.PLURAL_FLAGS), output)
     for _case, members in sorted(transfer.items()):
-        add_transfer(summary, largest_group(members, SAME_CASE), output)
+        add_transfer(summary, largest_group(members, CASE_FLAGS), output)
     add_sizes(summary, sizes, study, output)
     summary["failed"] = [
         {"run": run["name"], "reason": run["failed"]} for run in study if "failed" in run
@@ -639,6 +637,8 @@ def main(argv=None):
     flag("--image", nargs="+", metavar="PATH", help="photos or folders of photos to classify")
     flag("--other-photos", action="store_true", help="measure on photos of no part in the study")
     arguments = parser.parse_args(argv)
+    if arguments.chosen and (arguments.flip or arguments.other_photos):
+        parser.error("--chosen measures without --flip and --other-photos; name runs with --run")
     names, split = list(arguments.run), arguments.split or "validation"
     if arguments.best or arguments.chosen:
         summary = summarise(arguments.output)

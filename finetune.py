@@ -87,7 +87,7 @@ class FeatureLoader:
     def __iter__(self):
         of_this_view = self.features[self.loader.epoch % len(self.features)]
         order = self.loader.order().to(of_this_view.device)
-        for index in self.loader.split(order):
+        for index in self.loader.shares(order):
             features = of_this_view[index].float()
             if features.ndim == 4:
                 features = features.contiguous(memory_format=torch.channels_last)
@@ -100,7 +100,7 @@ def compute_features(frozen, loader, views, context):
     features, everything = None, torch.arange(len(loader.labels), device=loader.device)
     for view in range(views):
         batches = loader.batches(everything, loader.draw_view(view))
-        for index, (images, _) in zip(loader.split(everything), batches, strict=True):
+        for index, (images, _) in zip(loader.shares(everything), batches, strict=True):
             with context:
                 output = frozen(images)
             if features is None:
@@ -131,7 +131,7 @@ def main(argv=None):
     views = min(arguments.views, arguments.epochs)
     features, seed_of_features, feature_seconds = None, None, 0.0
     for run in engine.unfinished_runs(parser, arguments, prefix, photos):
-        of_run = engine.take_photos(photos, run)
+        of_run = engine.photos_of_run(photos, run)
         torch.manual_seed(run.seed)
         model = models.build_backbone(
             run.backbone, len(photos.train.classes), run.weights, count, run.dropout
@@ -158,9 +158,12 @@ def main(argv=None):
             if run.seed != seed_of_features:  # another seed draws other views, or photos
                 features = None  # frees the memory of the last ones
                 begin = time.perf_counter()
+                # In batches of one size: runs that share features may have others.
+                size = engine.EVALUATION_BATCH
+                source = data.Loader(of_run.train, size, device, augmentation, run.seed)
                 features = [
-                    compute_features(frozen, loader, loader.views or 1, context)
-                    for loader in loaders
+                    compute_features(frozen, source, views, context),
+                    compute_features(frozen, loaders[1], 1, context),
                 ]
                 engine.synchronise(device)
                 feature_seconds, seed_of_features = time.perf_counter() - begin, run.seed

@@ -122,7 +122,7 @@ def build_backbone(name, classes, weights="IMAGENET1K_V1", unfreeze_convolutions
     convolutions = main_convolutions(model)
     if unfreeze_convolutions > len(convolutions):
         raise SystemExit(f"--unfreeze-convolutions: {name} has only {len(convolutions)}.")
-    for layers in convolutions[len(convolutions) - unfreeze_convolutions :]:
+    for layers in convolutions[::-1][:unfreeze_convolutions]:  # from the last one backwards
         for layer in layers:
             layer.requires_grad_(True)
     return model
@@ -159,17 +159,15 @@ def load_torchvision(name, weights):
 def main_convolutions(model):
     """[[convolution, its batch norm], ...] in execution order, without squeeze-excitation.
 
-    In these networks modules are registered in the order in which they run; a test checks it.
+    In these networks modules are registered in the order in which they run, and only the
+    convolutions of squeeze-excitation have no batch norm after them; tests check both.
     """
     found = []
-    for name, module in model.named_modules():
-        parents = [model.get_submodule(name[:i]) for i, c in enumerate(name) if c == "."]
-        if any("SqueezeExcitation" in type(parent).__name__ for parent in parents):
-            continue
+    for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            found.append([module])
-        elif isinstance(module, nn.BatchNorm2d) and found:
-            found[-1].append(module)
+            convolution = module
+        elif isinstance(module, nn.BatchNorm2d):
+            found.append([convolution, module])
     return found
 
 
@@ -192,17 +190,15 @@ def frozen_state(model):
 
     That is every frozen parameter, and every buffer of a batch norm that is frozen.
     """
-    state = dict(model.state_dict())
+    state = {}
     for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        parameters = dict(module.named_parameters(recurse=False))
+        parameters = dict(module.named_parameters(name, recurse=False))
         for key, parameter in parameters.items():
-            if parameter.requires_grad:
-                del state[prefix + key]
-        if any(p.requires_grad for p in parameters.values()):
-            for key, _ in module.named_buffers(recurse=False):
-                del state[prefix + key]
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
+            if not parameter.requires_grad:
+                state[key] = parameter
+        if not any(parameter.requires_grad for parameter in parameters.values()):
+            state.update(module.named_buffers(name, recurse=False))
+    return {key: tensor.detach().clone() for key, tensor in state.items()}
 
 
 def is_unchanged(model, frozen):

@@ -12,7 +12,7 @@ import math
 import textwrap
 from pathlib import Path
 
-from common import Parser, atomic_file, best_models, read_json, read_runs
+from common import Parser, atomic_file, best_models, read_json, read_runs, split_folder
 
 import matplotlib
 import numpy as np
@@ -325,7 +325,7 @@ def draw_mistakes(path, label, evaluation, data):
     photos, classes = [], class_names(evaluation)
     for guess in sorted(evaluation["predictions"], key=lambda guess: -guess["probability"]):
         if guess["label"] != guess["predicted"] and len(photos) < 12:
-            photo = read_photo(Path(data, evaluation["split"], guess["file"]))
+            photo = read_photo(split_folder(data, evaluation["split"]) / guess["file"])
             if photo is not None:  # else the next one takes its place
                 photos.append((photo, guess))
     if not photos:
@@ -364,7 +364,7 @@ def draw_pairs(path, label, evaluations, data):
         row = []
         for guess in guesses:
             if {guess["label"], guess["predicted"]} == {one, other} and len(row) < 4:
-                photo = read_photo(Path(data, evaluations[0]["split"], guess["file"]))
+                photo = read_photo(split_folder(data, evaluations[0]["split"]) / guess["file"])
                 if photo is not None:
                     row.append((ImageOps.fit(photo, (240, 240)), guess))
         rows.append(row)
@@ -387,7 +387,7 @@ def draw_attention(path, label, evaluation, data):
     classes, rows = class_names(evaluation), {"right": [], "wrong": []}
     for example in evaluation.get("activation_maps", []):
         guess = evaluation["predictions"][example["photo"]]
-        photo = read_photo(Path(data, evaluation["split"], guess["file"]))
+        photo = read_photo(split_folder(data, evaluation["split"]) / guess["file"])
         if photo is not None:
             right = guess["label"] == guess["predicted"]
             rows["right" if right else "wrong"].append((guess, photo, example["map"]))

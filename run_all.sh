@@ -115,8 +115,13 @@ chosen_commands() {  # on the best of each network, which the finished grid tell
   for model in $MODELS; do scratch "$model --best-of-grid --seed $OTHER_SEEDS"; done
 }
 
-lacks() { ! "$1" -c 'import sys; from importlib.util import find_spec as find
-sys.exit(not all(map(find, ("torch", "torchvision", "matplotlib", "numpy"))))' 2> /dev/null; }
+lacks() {  # a package, or a torch that is new enough
+  ! "$1" - 2> /dev/null << 'END'
+from importlib.metadata import version
+assert all(map(version, ("torchvision", "matplotlib", "numpy")))
+assert [int(part) for part in version("torch").split(".")[:2]] >= [2, 6]
+END
+}
 all_commands() { grid_commands; chosen_commands; }
 check() { "$PYTHON" tools/check_commands.py "$@"; }  # before any work; prints what it counts
 if [[ $LIST ]]; then

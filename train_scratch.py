@@ -48,7 +48,7 @@ def main(argv=None):
     if arguments.best_of_grid:
         arguments = engine.take_best_of_grid(parser, arguments, photos)
     for run in engine.unfinished_runs(parser, arguments, arguments.model, photos):
-        of_run = engine.take_photos(photos, run)
+        of_run = engine.photos_of_run(photos, run)
         torch.manual_seed(run.seed)
         model = models.SCRATCH[run.model](len(photos.train.classes), run.dropout)
         model.to(device, memory_format=torch.channels_last)

@@ -38,7 +38,7 @@ def build_step(flags, device):
     loader = data.Loader(split, run.batch_size, device, augmentation, run.seed)
     images, labels = split.images.to(device), loader.labels
     theta, color = loader.draw_view(0)
-    index = loader.split(loader.order().to(device))[0]
+    index = loader.shares(loader.order().to(device))[0]
     [square] = engine.draw_squares(1, 1.0, run.image_size, device)
     factor = torch.ones((), device=device)
     optimizers = engine.build_optimizers(model, run)

@@ -426,7 +426,9 @@ def test_a_run_from_before_checkpoints_had_a_digest_still_loads(photos):
     assert Path(f"results/evaluations/{name}.validation.json").exists()
 
 
-@pytest.mark.parametrize("flags", [["--run", "../one"], ["--run", "a/b"], []])
+@pytest.mark.parametrize(
+    "flags", [["--run", "../one"], ["--run", "a/b"], ["--chosen", "--flip"], []]
+)
 def test_a_bad_command_line_is_one_clear_line(photos, capsys, flags):
     with pytest.raises(SystemExit) as error:
         run_evaluate(photos, *flags)

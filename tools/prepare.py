@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageColor, ImageDraw, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Parser, add_place_flags, atomic_file, cpu_count, number
+from common import Parser, add_place_flags, atomic_file, cpu_count, number, split_folder
 
 import data
 
@@ -413,7 +413,7 @@ def check(directory, sheet):
         print(f"{name:{width}}" + "".join(f"{count[name]:12}" for count in counts))
     print(f"{'all':{width}}" + "".join(f"{count.total():12}" for count in counts))
 
-    folders = {split: data.split_folder(directory, split) for split in files}
+    folders = {split: split_folder(directory, split) for split in files}
     paths = [folders[split] / name for split in files for name in files[split]]
     sizes, hashes, errors = scan_photos(paths)
     read = sizes[sizes.all(axis=1)]

@@ -304,7 +304,7 @@ def draw_sizes(path, sizes):
     axes.set_xscale("log", base=2)
     shown = sorted({round(row["photos_per_class"]) for row in sizes})
     axes.set_xticks(shown, shown)
-    axes.set(xlabel="training photos a class", ylabel="test accuracy, %")
+    axes.set(xlabel="training photos a class, on average", ylabel="test accuracy, %")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     save(figure, path, "How many photos does it take? With 95% intervals over test photos")

@@ -668,21 +668,27 @@ def sizes(summary, best):
     slopes = summary.get("slopes")
     if not slopes:
         return ""
-    lines, helped, open_ = [], [], []
+    lines, open_ = [], []
     for row in slopes:
         slope, low, high = (100 * value for value in (row["slope"], *row["interval_95"]))
         lines.append((row["label"], f"{slope:+.1f}", f"{low:+.1f} to {high:+.1f}"))
-        (helped if low > 0 else open_).append(row["label"])
-    finding = f"More photos help {listing(helped)}." if helped else ""
+        if low <= 0:
+            open_.append(row["label"])
+    kind_of, worth = {row["label"]: row["kind"] for row in summary["models"]}, []
+    for kind, networks in (("scratch", "from scratch"), ("finetune", "that are pre-trained")):
+        points = [100 * row["slope"] for row in slopes if kind_of[row["label"]] == kind]
+        if points:
+            worth.append(f"{min(points):+.1f} to {max(points):+.1f} points to networks {networks}")
+    finding = f"Twice as many photos are worth {listing(worth)}."
     if open_:
-        finding += f" Whether they help {listing(open_)} this study can't tell."
+        finding += f" Whether they help {listing(open_)} is not decided."
     own = [row for row in summary["sizes"] if row["label"] == slopes[0]["label"]]
     counts = listing([f"{row['photos_per_class']:.0f}" for row in own])
     return f"""## How many photos does it take?
 
-{finding} {catch_up(summary, best)} What twice as many photos are worth is measured from {counts}
-photos a class. The intervals hold for other test photos, not for other seeds; one more doubling may
-be worth as much, what lies beyond it these numbers do not say.
+{finding} {catch_up(summary, best)} Measured from {counts} photos
+a class, one seed. The intervals hold for other test photos, not for other seeds; one more doubling
+may be worth as much, what lies beyond it these numbers do not say.
 
 {table(("network", "points per doubling", "95% interval"), lines, "A straight line in log photos.")}
 
@@ -785,13 +791,9 @@ which chance alone would give about {len(within) / 20:.0f}.
 {by_class(best, runs, output)}"""
 
 
-REFERENCES = """## Sources
-
-Residual networks: He et al., CVPR 2016. Batch normalisation: Ioffe and Szegedy, ICML 2015. Dropout:
-Srivastava et al., JMLR 2014. CutMix: Yun et al., ICCV 2019. Muon: Jordan et al., 2024.
-MobileNetV2: Sandler et al., CVPR 2018. MobileNetV3: Howard et al., ICCV 2019. ShuffleNetV2: Ma et
-al., ECCV 2018. ImageNet: Deng et al., CVPR 2009. Intervals of an accuracy: Wilson, JASA 1927.
-Paired test: McNemar, Psychometrika 1947."""
+SOURCES = """*Sources: He et al., CVPR 2016 (skips); Yun et al., ICCV 2019 (CutMix); Jordan et al.,
+2024 (Muon); Sandler et al., CVPR 2018, Howard et al., ICCV 2019, Ma et al., ECCV 2018 (backbones);
+Wilson, 1927; McNemar, 1947 (intervals, tests).*"""
 
 FIGURE = re.compile(r"!\[(.*)\]\(<(.*)>\)")
 
@@ -828,7 +830,7 @@ def write_report(output):
         parts.append(errors(finetune_best, scratch_best, runs, output, "Where it errs: fine-tuned"))
     parts.append(sizes(summary, best))
     parts.append(conclusion(summary, runs, best, output))
-    parts.append(REFERENCES)
+    parts.append(SOURCES)
     blocks = []
     # A blank line ends a block, but not within a function, where indented code follows.
     for block in re.split(r"\n\n+(?! )", "\n\n".join(part for part in parts if part)):
@@ -848,7 +850,7 @@ def write_report(output):
 
 PAGE, MARGIN, GAP = (8.27, 11.69), 0.75, 0.15  # inches
 WIDTH = PAGE[0] - 2 * MARGIN
-FIGURE_HEIGHT = 3.4  # inches, at most
+FIGURE_HEIGHT = 3.1  # inches, at most
 # How a block begins: the inches that must be left for it on a page, its look (size in points).
 LOOKS = {
     "# ": (0.0, {"size": 18, "weight": "bold"}),

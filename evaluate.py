@@ -140,8 +140,8 @@ def paired_difference(first, second):
     first, second: bool [seeds, photos], whether each photo was classified right. With one seed the
     exact McNemar test: it holds for other photos, but for these two runs only. With several the
     mean over seeds of each photo is compared, and the interval holds for other photos and other
-    seeds: Student's t, degrees of freedom after Satterthwaite (Biometrics Bulletin 1946), few where
-    it is the seeds that differ.
+    seeds: variance of both, as of two crossed random effects; Student's t with the degrees of
+    freedom of Satterthwaite (Biometrics Bulletin 1946), few where it is the seeds that differ.
     """
     seeds, photos = first.shape
     if seeds == 1:
@@ -151,12 +151,16 @@ def paired_difference(first, second):
         method = f"over photos and {seeds} seeds"
         apart = first.astype(float) - second
         difference = float(apart.mean())
-        of_photos = apart.mean(0).var(ddof=1) / photos
-        of_seeds = apart.mean(1).var(ddof=1) / seeds
-        error = float(of_photos + of_seeds) ** 0.5
+        by_photo, by_seed = apart.mean(0), apart.mean(1)
+        of_photos, of_seeds = by_photo.var(ddof=1) / photos, by_seed.var(ddof=1) / seeds
+        rest = apart - by_photo - by_seed[:, None] + difference
+        of_both = (rest**2).sum() / ((seeds - 1) * (photos - 1)) / rest.size  # is in both of them
+        error = float(max(of_photos, of_seeds, of_photos + of_seeds - of_both)) ** 0.5
         half, p_value = 0.0, float(difference == 0)
         if error > 0:
-            freedom = error**4 / (of_photos**2 / (photos - 1) + of_seeds**2 / (seeds - 1))
+            uncertain = of_photos**2 / (photos - 1) + of_seeds**2 / (seeds - 1)
+            uncertain += of_both**2 / ((seeds - 1) * (photos - 1))
+            freedom = max(1.0, error**4 / uncertain)
             t, beyond = student_t(freedom)
             half = error * float(np.interp(0.05, beyond[::-1], t[::-1]))
             p_value = float(np.interp(abs(difference) / error, t, beyond))
@@ -443,10 +447,10 @@ def model_row(runs, choosing, output):
 
 
 def read_evaluation(output, name, split="test"):
-    """The content of an evaluation's JSON, or None if it has not been made."""
+    """The content of an evaluation's JSON, or None if it has not been made, or by other code."""
     path = Path(output, "evaluations", f"{name}.{split}.json")
-    keys = ("accuracy", "predictions", "checkpoint_sha256", "photos")
-    return read_json(path, *keys) if path.exists() else None
+    evaluation = read_json(path, "accuracy", "predictions") if path.exists() else {}
+    return evaluation if evaluation.get("format") == METRICS_FORMAT else None
 
 
 def right_photos(output, name, split="test"):
@@ -622,7 +626,7 @@ def print_summary(summary):
     for failure in summary["failed"]:
         print(f"failed: {failure['run']}, {failure['reason']}")
     if summary["left_out"]:
-        print(f"left out, of other settings or photos: {', '.join(summary['left_out'])}")
+        print(f"left out, of no part in the study: {', '.join(summary['left_out'])}")
 
 
 def main(argv=None):

@@ -9,6 +9,7 @@ output is kept in memory, for all runs that share it, and the rest is trained on
 engine.py. What is written and read is as with train_scratch.py.
 """
 
+import copy
 import time
 
 from common import Parser, add_place_flags, number
@@ -159,8 +160,8 @@ def main(argv=None):
                 features = None  # frees the memory of the last ones
                 begin = time.perf_counter()
                 # In batches of one size: runs that share features may have others.
-                size = engine.EVALUATION_BATCH
-                source = data.Loader(of_run.train, size, device, augmentation, run.seed)
+                source = copy.copy(loaders[0])
+                source.batch_size = engine.EVALUATION_BATCH
                 features = [
                     compute_features(frozen, source, views, context),
                     compute_features(frozen, loaders[1], 1, context),

@@ -115,11 +115,13 @@ chosen_commands() {  # on the best of each network, which the finished grid tell
   for model in $MODELS; do scratch "$model --best-of-grid --seed $OTHER_SEEDS"; done
 }
 
-lacks() {  # a package, or a torch that is new enough
+lacks() {  # a package, or one that is new enough: the lowest versions are those of requirements.txt
   ! "$1" - 2> /dev/null << 'END'
 from importlib.metadata import version
-assert all(map(version, ("torchvision", "matplotlib", "numpy")))
-assert [int(part) for part in version("torch").split(".")[:2]] >= [2, 6]
+for lowest in "torch 2.6", "torchvision 0.21", "matplotlib 3.8", "numpy 1.26", "pillow 10.1":
+    name, wanted = lowest.split()
+    here, wanted = ([int(part) for part in v.split(".")[:2]] for v in (version(name), wanted))
+    assert here >= wanted
 END
 }
 all_commands() { grid_commands; chosen_commands; }

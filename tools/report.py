@@ -52,6 +52,11 @@ def listing(items):
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def paragraph(*sentences):
+    """What is not "", with spaces between."""
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
 def half_width(photos, accuracy):
     """Half the 95% interval of an accuracy near `accuracy` on that many photos, in points."""
     return 196 * (accuracy * (1 - accuracy) / photos) ** 0.5
@@ -301,6 +306,10 @@ def architectures(run):
         text = table(head, [[layer[key] for key in head] for layer in layers], caption)
         names.setdefault(text, []).append(name)
     layers = "\n\n".join(f"The {listing(own)} network:\n\n{text}" for text, own in names.items())
+    shares = np.array(list(run["data"]["counts"]["train"].values()))
+    shares = shares / shares.sum()
+    # Half of the mixed photos show more of the other one, which may be of the same class.
+    by_heart = 1 - config["cutmix"] / 2 * (1 - (shares**2).sum())
     optimizer, end = config["optimizer"], "falls linearly to zero"
     if optimizer == "muon":
         optimizer = """Muon: each update of a matrix is made nearly orthogonal, so that all its
@@ -335,7 +344,7 @@ of a batch gets its own crop (at least {config["crop_scale"]:.0%} of the area), 
 to {config["rotation"]:g} degrees) and colours. {config["cutmix"]:.0%} of the batches are mixed by
 CutMix: a square of each photo, of random size, is replaced by that of the next one. Training
 accuracy is counted on these photos, and a mixed one has but one right answer there: even a network
-that knows all photos by heart would hardly get beyond {1 - config["cutmix"] / 2:.0%}. Training loss
+that knows all photos by heart would hardly get beyond {by_heart:.0%}. Training loss
 has label smoothing and mixed photos in it, validation loss has neither, so compare the course of
 the two, not their height.
 
@@ -373,6 +382,8 @@ def grid_of(model, chosen, summary, runs):
         for line in summary["grid"]
         if line["model"] == model and line["validation_accuracy"] is not None
     ]
+    if not lines:
+        return f"No run of the grid of the {model} network has come to its end."
     run, accuracies = runs[chosen["run"]], [line["validation_accuracy"] for line in lines]
     limits = dict.fromkeys(f"{limit(accuracies):.1%}" for limit in (min, max))
     total = sum(run["data"]["counts"]["validation"].values())
@@ -381,7 +392,7 @@ def grid_of(model, chosen, summary, runs):
     finding = "This grid can't show an effect of either setting."
     if moved:
         finding = f"Beyond chance it is moved by the {listing(moved)}."
-    rates = {line["learning_rate"] for line in lines}
+    rates = {line["learning_rate"] for line in summary["grid"] if line["model"] == model}
     loss, overfits = overfitting(run)
     judgement = "it overfits" if overfits else "no sign of overfitting"
     return f"""The {model} network reaches {" to ".join(limits)} on validation, the best epoch of
@@ -419,26 +430,30 @@ def grid(summary, runs):
 
 
 def at_equal_settings(summary):
-    """A sentence on validation accuracy of the first two networks at the settings of the grid."""
+    """Sentences on validation accuracy at the settings of the grid, each network against the one
+    before it."""
     lines = {}
     for line in summary["grid"]:
         if line["validation_accuracy"] is not None:
             setting = line["learning_rate"], line["batch_size"], line["seed"]
             lines.setdefault(line["model"], {})[setting] = 100 * line["validation_accuracy"]
-    if len(lines) < 2:
-        return ""
-    (first, own), (second, other), *_ = lines.items()
-    shared = own.keys() & other.keys()
-    if not shared:
-        return ""
-    differences = [other[setting] - own[setting] for setting in shared]
-    return f"""Each has its own learning rate and batch size there. At equal settings {second} is on
-average {np.mean(differences):+.1f} points from {first} on validation ({min(differences):+.1f} to
-{max(differences):+.1f} in {len(shared)} settings)."""
+    sentences = []
+    for (first, own), (second, other) in itertools.pairwise(lines.items()):
+        differences = [other[setting] - own[setting] for setting in own.keys() & other.keys()]
+        if differences:
+            mean = np.mean(differences)
+            sentences.append(
+                f"That is each at its own best setting; at equal ones {second} is on average "
+                f"{abs(mean):.1f} points {'above' if mean > 0 else 'below'} {first} on validation "
+                f"({min(differences):+.1f} to {max(differences):+.1f} in {len(differences)})."
+            )
+    return paragraph(*sentences)
 
 
 def what_the_gap_is(rows, runs):
     """How far validation is above test, and what of it picking the best epoch explains."""
+    if not rows or all(row["gap"] is None for row in rows):
+        return ""
     counts, picked = runs[rows[0]["runs"][0]]["data"]["counts"], []
     for row in rows:
         gains = [
@@ -461,13 +476,13 @@ def scratch(summary, runs):
     plain = [row for row in rows if row["label"] in without]
     written = f"""## The best of each, and what the skip does
 
-{compare_networks(summary)} {at_equal_settings(summary)}
+{paragraph(compare_networks(summary), at_equal_settings(summary))}
 
 {results_table(plain, "The best setting of each network by validation accuracy.")}
 
 Skips were made for networks of dozens of layers, whose gradients fade on their way back, so that
 without skips they hardly learn. Five layers with batch normalisation are few enough to learn
-without. A larger trial, the same setting for both, 5 seeds, 6050 test photos of the same dishes at
+without. A larger trial, the same setting for both, 5 seeds, 6050 test photos of Food-11's dishes at
 64 px, gives the skip +0.1 points [-0.8, +1.0]; built another way, pooled by the maximum and added
 before the ReLU, it cost 1.0 [0.3, 1.8] (results/EXPERIMENTS.md).
 
@@ -479,14 +494,15 @@ before the ReLU, it cost 1.0 [0.3, 1.8] (results/EXPERIMENTS.md).
     for row in plain:
         loss, _ = overfitting(runs[row["runs"][0]])
         losses.append(f"of {row['label']} {loss}")
+    why = f"""Dropout acts on the input of both fully connected layers, where every unit sees the
+whole photo and units can come to rely on each other. The convolutions have none: batch
+normalisation and the distorted photos regularise them already. Dropout helps a network that
+overfits; without it the validation loss {", ".join(losses)}."""
     return f"""{written}
 
 ## Dropout
 
-{verdict} Dropout acts on the input of both fully connected layers, where every unit sees the whole
-photo and units can come to rely on each other. The convolutions have none: batch normalisation and
-the distorted photos regularise them already. Dropout helps a network that overfits; without it the
-validation loss {", ".join(losses)}.
+{paragraph(verdict, why)}
 
 {differences}
 
@@ -576,7 +592,7 @@ def transfer(summary, runs, best, output):
     )
     return f"""## Part 2: fine-tuning pre-trained networks
 
-{verdict_of_backbones} {verdict}
+{paragraph(verdict_of_backbones, verdict)}
 
 A network that has learned over a million photos of ImageNet has filters for edges, textures and
 parts. Fine-tuning replaces its last layer by one for the new classes and trains that alone, or the
@@ -628,13 +644,22 @@ def tuning(summary):
     rows, ends = [], []
     for (model, count), lines in cases.items():
         name = f"{model} ({f'last {count} convolutions + FC' if count else 'FC only'})"
-        first = {line["learning_rate"]: line for line in reversed(lines)}  # of the first seed
+        first = {}  # of the seed that chose, the best of each learning rate
+        for line in lines:
+            if line["seed"] == lines[0]["seed"] and line["validation_accuracy"] is not None:
+                rate = line["learning_rate"]
+                first.setdefault(rate, line)
+                if (line["chosen"], line["validation_accuracy"]) > (
+                    first[rate]["chosen"],
+                    first[rate]["validation_accuracy"],
+                ):
+                    first[rate] = line
         cells = []
         for rate in rates:
-            line = first.get(rate)
-            accuracy = line["validation_accuracy"] if line else None
-            mark = " *" if line and line["chosen"] else ""
-            cells.append("" if accuracy is None else f"{accuracy:.1%}{mark}")
+            cells.append("")
+            if rate in first:
+                mark = " *" if first[rate]["chosen"] else ""
+                cells[-1] = f"{first[rate]['validation_accuracy']:.1%}{mark}"
         rows.append((name, *cells))
         chosen = [rate for rate in first if first[rate]["chosen"]]
         if chosen and edge(list(first), chosen[0]):
@@ -714,13 +739,14 @@ take it to {after:.0%} if its slope held."""
 
 def by_class(best, runs, output):
     """Recall, precision and F1 of each class of the best models, mean over seeds."""
-    head, columns, names, counts = ["class", "to train"], [], [], {}
+    head, columns, names, counts, split = ["class", "to train"], [], [], {}, None
     for row in best.values():
         evaluations = plot.read_evaluations(output, row)
-        if evaluations:
-            names.append(row["label"])
-            counts = runs[row["runs"][0]]["data"]["counts"]["train"]
-        for key in ("recall", "precision", "f1") if evaluations else ():
+        if not evaluations or split not in (None, evaluations[0]["split"]):
+            continue
+        split, counts = evaluations[0]["split"], runs[row["runs"][0]]["data"]["counts"]["train"]
+        names.append(row["label"])
+        for key in ("recall", "precision", "f1"):
             head.append(key.replace("f1", "F1"))
             columns.append(
                 {
@@ -733,7 +759,7 @@ def by_class(best, runs, output):
     if not columns:
         return ""
     rows = [(name, counts[name], *(f"{column[name]:.0%}" for column in columns)) for name in counts]
-    caption = f"Each class, test photos, mean over seeds: {', then '.join(names)}."
+    caption = f"Each class, {split} photos, mean over seeds: {', then '.join(names)}."
     if len(rows) > 40:
         rows = sorted(rows, key=lambda row: row[1])[:20]
         caption += " The 20 classes with the fewest photos to train."
@@ -746,11 +772,20 @@ def conclusion(summary, runs, best, output):
     if len(best) == 2:
         title, one, other = "From scratch against pre-trained", best["finetune"], best["scratch"]
         sizes = [runs[row["runs"][0]]["config"]["image_size"] for row in (one, other)]
-        duel = f"""{describe_pair(summary, one["label"], other["label"])} It starts from
-{weights_of(runs[one["runs"][0]])} and trains {one["trainable_parameters"]:,} parameters on photos
-of {sizes[0]} px, {other["label"]} all of its {other["trainable_parameters"]:,} on photos of
-{sizes[1]} px. What the network from scratch lacks is not weights but photos: the filters of the
-other one have seen over a million."""
+        start = runs[one["runs"][0]]
+        costs = f"""{one["label"]} starts from {weights_of(start)} and trains
+{one["trainable_parameters"]:,} parameters on photos of {sizes[0]} px, {other["label"]} all of its
+{other["trainable_parameters"]:,} on photos of {sizes[1]} px."""
+        found, reason = compared(summary, one["label"], other["label"]), ""
+        if (
+            start["config"]["weights"] != "none"
+            and found
+            and found[0]["different"]
+            and found[1] > 0
+        ):
+            reason = """What the network from scratch lacks is not weights but photos: the filters
+of the other one have seen over a million."""
+        duel = paragraph(describe_pair(summary, one["label"], other["label"]), costs, reason)
     kinds = {row["label"]: row["kind"] for row in summary["models"]}
     within, across = [], []
     for line in summary["comparisons"]:
@@ -761,22 +796,23 @@ other one have seen over a million."""
 {sum(across)} differ beyond chance.
 """
     if within:
-        tests += f"""Of {len(within)} pairs of the same kind {sum(within)} do, at a level of 5%, by
-which chance alone would give about {len(within) / 20:.0f}.
+        tests += f"""Of {len(within)} pairs of the same kind {sum(within)} differ, at a level of 5%,
+by which chance alone would give about {len(within) / 20:.0f}.
 """
-    left_out = summary["left_out"]
+    left_out = summary.get("left_out", [])
     if left_out:
-        tests += f"Left out, of other settings or photos: {listing(left_out)}.\n"
+        tests += f"Left out, of no part in the study: {listing(left_out)}.\n"
     rows = sorted(summary["models"], key=lambda row: -row["validation_accuracy"])
     # Features are computed once for all learning rates, and stand in the seconds of each run.
     shared = {}
     for run in runs.values():
-        case = run["model"]["name"], run["config"].get("unfreeze_convolutions")
-        shared[case, run["config"]["seed"]] = run.get("feature_seconds", 0.0)
+        keys = ("unfreeze_convolutions", "train_photos", "seed")
+        case = run["model"]["name"], *(run["config"].get(key) for key in keys)
+        shared[case] = run.get("feature_seconds", 0.0)
     alone = [run["seconds"] - run.get("feature_seconds", 0.0) for run in runs.values()]
     minutes = (sum(alone) + sum(shared.values())) / 60
     seeds = listing([str(n) for n in sorted({run["config"]["seed"] for run in runs.values()})])
-    if len(values_of(runs, "precision")) > 1:
+    if len(values_of(runs, "precision")) > 1 or len(values_of(runs, "device")) > 1:
         tests += "Not all processors were of the same speed: their seconds do not compare.\n"
     return f"""## {title}
 
@@ -795,6 +831,7 @@ SOURCES = """*Sources: He et al., CVPR 2016 (skips); Yun et al., ICCV 2019 (CutM
 2024 (Muon); Sandler et al., CVPR 2018, Howard et al., ICCV 2019, Ma et al., ECCV 2018 (backbones);
 Wilson, 1927; McNemar, 1947 (intervals, tests).*"""
 
+WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 FIGURE = re.compile(r"!\[(.*)\]\(<(.*)>\)")
 
 
@@ -805,7 +842,8 @@ def write_report(output):
     if not summary["models"]:
         raise SystemExit(f"{output}/summary.json lists no model: train one first.")
     lines = summary["grid"] + summary["dropout"] + summary["transfer"]
-    named = {line["run"] for line in lines}.union(*(row["runs"] for row in summary["models"]))
+    rows = summary["models"] + summary.get("sizes", [])
+    named = {line["run"] for line in lines}.union(*(row["runs"] for row in rows))
     runs = {name: runs[name] for name in sorted(named)}
     best = best_models(summary["models"])
     parts = ["# How well can a small CNN learn a few thousand photos?", title_block(runs)]
@@ -835,8 +873,8 @@ def write_report(output):
     # A blank line ends a block, but not within a function, where indented code follows.
     for block in re.split(r"\n\n+(?! )", "\n\n".join(part for part in parts if part)):
         if not block.startswith("!["):
-            is_text = not block.startswith(("#", "|", "```"))
-            blocks.append(textwrap.fill(block, 100) if is_text else block)
+            is_text = not block.startswith(("#", "|", "```", "- "))
+            blocks.append(textwrap.fill(block, 100, **WHOLE_WORDS) if is_text else block)
             continue
         found = [(text, path) for text, path in FIGURE.findall(block) if (output / path).exists()]
         if found:  # figures on lines without a blank one between them stand beside each other
@@ -886,7 +924,9 @@ def set_pages(blocks, folder, file):
             lines = block.split("\n")[1:-1]
         else:  # a letter is about 0.55 of its size wide; a line of wide ones goes into the margin
             letters = int(72 * WIDTH / 0.55 / look["size"])
-            lines = textwrap.wrap(block.removeprefix(start).removesuffix("*"), letters)
+            lines = textwrap.wrap(
+                block.removeprefix(start).removesuffix("*"), letters, **WHOLE_WORDS
+            )
         if start != "![":
             height = 1.4 * look["size"] / 72
         for line in lines:

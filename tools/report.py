@@ -690,7 +690,8 @@ layers was not tried."""
 
 def sizes(summary, best):
     """What more training photos are worth; "" if that was not measured."""
-    slopes = summary.get("slopes")
+    kind_of = {row["label"]: row["kind"] for row in summary["models"]}
+    slopes = [row for row in summary.get("slopes", []) if row["label"] in kind_of]
     if not slopes:
         return ""
     lines, open_ = [], []
@@ -699,7 +700,7 @@ def sizes(summary, best):
         lines.append((row["label"], f"{slope:+.1f}", f"{low:+.1f} to {high:+.1f}"))
         if low <= 0:
             open_.append(row["label"])
-    kind_of, worth = {row["label"]: row["kind"] for row in summary["models"]}, []
+    worth = []
     for kind, networks in (("scratch", "from scratch"), ("finetune", "that are pre-trained")):
         points = [100 * row["slope"] for row in slopes if kind_of[row["label"]] == kind]
         if points:

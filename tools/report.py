@@ -830,7 +830,7 @@ by which chance alone would give about {len(within) / 20:.0f}.
 
 SOURCES = """*Sources: He et al., CVPR 2016 (skips); Yun et al., ICCV 2019 (CutMix); Jordan et al.,
 2024 (Muon); Sandler et al., CVPR 2018, Howard et al., ICCV 2019, Ma et al., ECCV 2018 (backbones);
-Wilson, 1927; McNemar, 1947 (intervals, tests).*"""
+Wilson, 1927; McNemar, 1947.*"""
 
 WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 FIGURE = re.compile(r"!\[(.*)\]\(<(.*)>\)")
@@ -889,7 +889,7 @@ def write_report(output):
 
 PAGE, MARGIN, GAP = (8.27, 11.69), 0.75, 0.15  # inches
 WIDTH = PAGE[0] - 2 * MARGIN
-FIGURE_HEIGHT = 3.1  # inches, at most
+FIGURE_HEIGHT = 3.0  # inches, at most
 # How a block begins: the inches that must be left for it on a page, its look (size in points).
 LOOKS = {
     "# ": (0.0, {"size": 18, "weight": "bold"}),
@@ -923,11 +923,11 @@ def set_pages(blocks, folder, file):
             look = {**look, "size": min(7, 72 * WIDTH / 0.602 / len(lines[0]))}
         elif start == "```":
             lines = block.split("\n")[1:-1]
-        else:  # a letter is about 0.55 of its size wide; a line of wide ones goes into the margin
-            letters = int(72 * WIDTH / 0.55 / look["size"])
-            lines = textwrap.wrap(
-                block.removeprefix(start).removesuffix("*"), letters, **WHOLE_WORDS
-            )
+        else:  # how wide a letter is on average; a line of wide ones goes into the margin
+            letter = look["size"] * (0.6 if "weight" in look else 0.52)
+            letters = int(72 * WIDTH / letter)
+            text = block.removeprefix(start).removesuffix("*")
+            lines = textwrap.wrap(text, letters, **WHOLE_WORDS)
         if start != "![":
             height = 1.4 * look["size"] / 72
         for line in lines:

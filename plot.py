@@ -418,7 +418,8 @@ def read_summary(output, runs):
     except SystemExit as error:
         raise SystemExit(f"{error} {advice}") from None
     lines = summary["grid"] + summary["dropout"] + summary["transfer"]
-    names = {line["run"] for line in lines}.union(*[row["runs"] for row in summary["models"]])
+    rows = summary["models"] + summary.get("sizes", [])
+    names = {line["run"] for line in lines}.union(*[row["runs"] for row in rows])
     if any(Path(line["model"]).name != line["model"] for line in lines):
         raise SystemExit(f"{path}: a model's name leads out of the folder. {advice}")
     if not runs.keys() >= names:

@@ -54,6 +54,8 @@ def test_only_the_last_layers_are_trained(name, count):
     assert order[-1] == f"{len(model) - 1}"
     trained = {key.rpartition(".")[0] for key, p in model.named_parameters() if p.requires_grad}
     convolutions = [layer for layer in order if isinstance(model.get_submodule(layer), nn.Conv2d)]
+    found = [convolution for convolution, _norm in models.main_convolutions(model)]
+    assert found == [model.get_submodule(layer) for layer in convolutions]
     expected = set(convolutions[len(convolutions) - count :]) | {order[-1]}
     norms = {layer for layer in trained if isinstance(model.get_submodule(layer), nn.BatchNorm2d)}
     assert trained - norms == expected and len(norms) == count

@@ -17,7 +17,6 @@ import numpy as np
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -109,8 +108,9 @@ def compare_pairs(summary, pairs, question):
             continue
         line, difference, low, high = found
         methods.add(line["method"])
-        rows.append((a, b, f"{difference:+.1f}", f"{low:+.1f} to {high:+.1f}"))
-        rows[-1] += (probability(line["p_value"]), "yes" if line["different"] else "no")
+        interval, verdict = f"{low:+.1f} to {high:+.1f}", "yes" if line["different"] else "no"
+        p_value = probability(line["p_value"])
+        rows.append((a, b, f"{difference:+.1f}", interval, p_value, verdict))
         if line["different"]:
             how = "better" if difference > 0 else "worse"
             decided.setdefault((how, b), []).append(a)
@@ -146,7 +146,7 @@ def network_of(label):
 def compare_networks(summary):
     """Sentences on the chosen networks from scratch, each against the one before it."""
     pairs = itertools.pairwise(scratch_labels(summary)[0])
-    return " ".join(describe_pair(summary, b, a) for a, b in pairs)
+    return paragraph(*(describe_pair(summary, b, a) for a, b in pairs))
 
 
 def compare_dropout(summary):
@@ -602,7 +602,7 @@ computed only once for each view of a photo. {frozen} The optimizer is {config["
 turns (crops of at least {config["crop_scale"]:.0%} of the area, flips, colours).
 {trained_convolutions(rows, runs)}
 
-{tuning(summary)}
+{tuning(summary, runs)}
 
 {results_table(rows, f"The best learning rate of each by validation; {listing(sorted(starts))}.")}
 
@@ -630,40 +630,33 @@ def trained_convolutions(rows, runs):
         kinds = [
             f"{layer.kernel_size[0]} x {layer.kernel_size[0]} from {layer.in_channels} to "
             f"{layer.out_channels} channels"
-            for layer in network.modules()
-            if isinstance(layer, nn.Conv2d) and layer.weight.requires_grad
+            for layer, _norm in models.main_convolutions(network)[-count:]
         ]
         sentences.append(f"{name}: {listing(kinds)}")
     return f"The convolutions trained are, of {'; of '.join(sentences)}." if sentences else ""
 
 
-def tuning(summary):
+def tuning(summary, runs):
     """Every learning rate of every case, the seed that chose."""
     cases = plot.group(summary["transfer"], *plot.CASE)
     rates = sorted({line["learning_rate"] for line in summary["transfer"]})
     rows, ends = [], []
-    for (model, count), lines in cases.items():
-        name = f"{model} ({f'last {count} convolutions + FC' if count else 'FC only'})"
-        first = {}  # of the seed that chose, the best of each learning rate
-        for line in lines:
-            if line["seed"] == lines[0]["seed"] and line["validation_accuracy"] is not None:
-                rate = line["learning_rate"]
-                first.setdefault(rate, line)
-                if (line["chosen"], line["validation_accuracy"]) > (
-                    first[rate]["chosen"],
-                    first[rate]["validation_accuracy"],
-                ):
-                    first[rate] = line
-        cells = []
-        for rate in rates:
-            cells.append("")
-            if rate in first:
-                mark = " *" if first[rate]["chosen"] else ""
-                cells[-1] = f"{first[rate]['validation_accuracy']:.1%}{mark}"
-        rows.append((name, *cells))
-        chosen = [rate for rate in first if first[rate]["chosen"]]
-        if chosen and edge(list(first), chosen[0]):
-            ends.append(name)
+    for lines in cases.values():
+        label = evaluate.label_of(runs[lines[0]["run"]]["config"])
+        finished = [
+            line
+            for line in lines
+            if line["seed"] == lines[0]["seed"] and line["validation_accuracy"] is not None
+        ]
+        # Of several batch sizes the chosen one stays, or else the best: the last in this order.
+        finished.sort(key=lambda line: (line["chosen"], line["validation_accuracy"]))
+        shown = {line["learning_rate"]: line for line in finished}
+        cells = dict.fromkeys(rates, "")
+        for rate, line in shown.items():
+            cells[rate] = f"{line['validation_accuracy']:.1%}{' *' if line['chosen'] else ''}"
+        rows.append((label, *cells.values()))
+        if any(line["chosen"] and edge(shown, rate) for rate, line in shown.items()):
+            ends.append(label)
     caption = "Validation accuracy by learning rate; * is chosen."
     if ends:
         caption += f" At the end of what was tried, where more might help: {listing(ends)}."
@@ -790,8 +783,8 @@ of the other one have seen over a million."""
     kinds = {row["label"]: row["kind"] for row in summary["models"]}
     within, across = [], []
     for line in summary["comparisons"]:
-        alike = kinds[line["a"]] == kinds[line["b"]]
-        (within if alike else across).append(line["different"])
+        pairs = within if kinds[line["a"]] == kinds[line["b"]] else across
+        pairs.append(line["different"])
     if across:
         tests += f"""Of {len(across)} pairs of a network from scratch and a pre-trained one
 {sum(across)} differ beyond chance.

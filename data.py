@@ -426,7 +426,7 @@ class Loader:
             return None
         generator = torch.Generator().manual_seed((self.seed + 1) * 7_368_787 + number)
         drawn = draw_augmentation(len(self.labels), generator, self.augmentation)
-        return [parameters.to(self.device, non_blocking=True) for parameters in drawn]
+        return [parameters.to(self.device) for parameters in drawn]
 
     def shares(self, order):
         """Indices int64 [N] -> a list with this process's share of each batch, int64 [b]."""
@@ -441,8 +441,10 @@ class Loader:
         for index_of_images, index in zip(self.shares(here), self.shares(there), strict=True):
             images = self.images[index_of_images]
             if self.device.type == "cuda" and images.device.type == "cpu":
-                images = images.pin_memory()  # so that the copy need not be waited for
-            images = images.to(self.device, non_blocking=True)
+                # Pinned, so that the copy need not be waited for. On mps it must be: there the
+                # photos may be freed before they are read (pytorch issue 189690).
+                images = images.pin_memory().to(self.device, non_blocking=True)
+            images = images.to(self.device)  # no copy if they are there
             if view is None:
                 yield normalise(images), self.labels[index]
             else:

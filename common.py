@@ -179,7 +179,7 @@ def read_runs(output):
     best_keys = {"epoch", "validation_accuracy", "validation_loss"}
     runs = {}
     for path in sorted(Path(output, "runs").glob("*.json")):
-        run = read_json(path, *keys)
+        run = read_json(path, *keys, "checkpoint_sha256")
         best = dict.fromkeys(best_keys) if run["best"] is None else run["best"]  # it has failed
         tables = (run["config"], run["data"], run["model"], best)
         fits = all(isinstance(table, dict) for table in tables) and best.keys() >= best_keys
@@ -216,9 +216,9 @@ def show_uncaught(kind, error, traceback):
 
 # Ctrl-C, a polite kill and a closed terminal end a script alike, even while torch is imported.
 sys.excepthook = show_uncaught
-for name in ("SIGTERM", "SIGHUP"):
-    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
-        signal.signal(getattr(signal, name), signal.default_int_handler)
+for ending in (signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(ending) == signal.SIG_DFL:
+        signal.signal(ending, signal.default_int_handler)
 for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):  # a file name may hold what the terminal can't show
         stream.reconfigure(errors="backslashreplace")

@@ -61,12 +61,12 @@ EVALUATION_BATCH = 64
 
 def add_training_flags(parser):
     """The flags that both training scripts share with the same defaults."""
-    flag, many = parser.add_argument, {"nargs": "+"}
+    flag = parser.add_argument
     flag("--name", type=run_name, help="of the run and its files; made from the settings if absent")
     flag("--epochs", type=number(int, 1), default=50, help="times each photo is seen")
-    flag("--batch-size", type=number(int, 1), default=[64], help="photos a step", **many)
+    flag("--batch-size", type=number(int, 1), nargs="+", default=[64], help="photos a step")
     flag("--train-photos", type=number(int, 0), default=0, help="at most so many a class; 0 is all")
-    flag("--seed", type=number(int, 0, 2**31), default=[0], help="of all that is drawn", **many)
+    flag("--seed", type=number(int, 0, 2**31), nargs="+", default=[0], help="of all that is drawn")
     flag("--best-of-grid", action="store_true", help="take rate and batch size from the best run")
     flag("--schedule", choices=("linear", "constant"), default="linear", help="after the warm-up")
     flag("--warmup-epochs", type=number(float, 0), default=2.0, help="of linear rise to the rate")
@@ -135,7 +135,8 @@ def unfinished_runs(parser, arguments, prefix, photos):
     for run in runs:
         run.name = arguments.name or make_name(parser, run, prefix)
         path = Path(run.output, ".locks", run.name)
-        with lock(path) if first else contextlib.nullcontext(True) as mine:
+        holding = lock(path) if first else contextlib.nullcontext(True)
+        with holding as mine:
             why_not = None
             if not mine:
                 why_not = "another process is training it, left alone"
@@ -179,7 +180,7 @@ def is_finished(run, photos):
     stored = read_json(path, "config", "data", "best")
     ours, theirs = settings(vars(run)), settings(stored["config"])
     other = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
-    if stored["data"].get("fingerprint") != photos.description["fingerprint"]:
+    if stored["data"]["fingerprint"] != photos.description["fingerprint"]:
         other.append("photos")
     if other:
         raise SystemExit(
@@ -240,7 +241,7 @@ def take_best_of_grid(parser, arguments, photos):
         run
         for run in read_runs(arguments.output).values()
         if settings(run["config"], vary) == wanted
-        and not run["config"].get("train_photos")
+        and not run["config"]["train_photos"]
         and [run["config"]["dropout"]] == parser.get_default("dropout")
         and run["data"]["fingerprint"] == photos.description["fingerprint"]
     ]
@@ -460,8 +461,10 @@ def learning_rate_factor(epoch, epochs, warmup, schedule):
 
 
 def draw_squares(steps, probability, image_size, device):
-    """Draw the square of CutMix of each step -> a list of int64 [4]: first row, row after the last,
-    first column, column after the last; or None, but with `probability`.
+    """Draw for each step whether CutMix is used, and on which square -> a list, one for each step.
+
+    With `probability` it is int64 [4] on the device: first row, row after the last, first column,
+    column after the last. Otherwise it is None.
     """
     happens, share, x, y = torch.rand(steps, 4).T
     side = (image_size * (1 - share).sqrt()).long()
@@ -490,7 +493,7 @@ def train_step(model, optimizers, inputs, labels, square, factor, weight, run, c
 
     inputs: float [B, ...], labels: int64 [B], square: int64 [4] of CutMix or None, factor: float []
     that the learning rates are multiplied by, weight: of the loss, a number, 1 in a single process.
-    All others are tensors on the device and nothing is read from them here, so that no step waits
+    These four tensors are on the device and nothing is read from them here, so that no step waits
     for one before it, and the step could be captured in a CUDA graph.
     """
     for group in parameter_groups(optimizers):

@@ -188,13 +188,9 @@ def load_model(output, name, device):
         known = ", ".join(p.stem for p in sorted(path.parent.glob("*.pt"))) or "none"
         raise SystemExit(f"no checkpoint {path}. Finished runs there: {known}.")
     content = path.read_bytes()
-    run = read_json(Path(output, "runs", f"{name}.json"))
+    run = read_json(Path(output, "runs", f"{name}.json"), "checkpoint_sha256")
     damaged = f"{path} is damaged, or of another models.py: delete it and train again."
-    stored = run.get("checkpoint_sha256")
-    config = run.get("config", {})
-    if config.get("model") == "residual" and "train_photos" not in config:
-        raise SystemExit(f"{path} is of an earlier residual network: delete it and train again.")
-    if stored not in (None, hashlib.sha256(content).hexdigest()):
+    if run["checkpoint_sha256"] != hashlib.sha256(content).hexdigest():
         raise SystemExit(damaged)
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -204,7 +200,7 @@ def load_model(output, name, device):
         else:
             model = models.build_backbone(config["backbone"], len(classes), "none")
         model.load_state_dict(checkpoint["state"])
-    except Exception:  # a file of another version, or without a digest, makes torch raise anything
+    except Exception:  # a file of another version makes torch raise anything
         raise SystemExit(damaged) from None
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
@@ -262,7 +258,7 @@ def examples(labels, predicted, probabilities):
 def evaluate_run(name, split_name, arguments, device):
     """Evaluate one run on a split and write its JSON, unless that is there and still true."""
     path = Path(arguments.output, "runs", f"{name}.json")
-    run = read_json(path, "config", "data")
+    run = read_json(path, "config", "data", "checkpoint_sha256")
     size, cache = run["config"]["image_size"], arguments.cache
     split = data.load_split(arguments.data, split_name, size, cache)
     validation = data.load_split(arguments.data, "validation", size, cache)
@@ -274,14 +270,14 @@ def evaluate_run(name, split_name, arguments, device):
                 "folder with --data, or --other-photos to measure it on these."
             )
         ending += f"-{split.fingerprint[:8]}"  # the evaluation on its own photos stays
-    path = Path(arguments.output, "evaluations", f"{name}.{ending}.json")
+    evaluation_path = Path(arguments.output, "evaluations", f"{name}.{ending}.json")
     of_what = {
-        "checkpoint_sha256": run.get("checkpoint_sha256"),
+        "checkpoint_sha256": run["checkpoint_sha256"],
         "photos": split.fingerprint,
         "format": METRICS_FORMAT,
     }
-    if path.exists():
-        stored = read_json(path)
+    if evaluation_path.exists():
+        stored = read_json(evaluation_path)
         if all(stored.get(key) == value for key, value in of_what.items()):
             return stored
     model, checkpoint = load_model(arguments.output, name, device)
@@ -315,22 +311,28 @@ def evaluate_run(name, split_name, arguments, device):
             for i, rows in zip(shown, maps, strict=True)
         ],
     }
-    write_json(path, evaluation)
+    write_json(evaluation_path, evaluation)
     return evaluation
 
 
 def classify_photos(name, arguments, device):
-    """Print the three most probable classes of each photo in arguments.image, files or folders."""
+    """Print the three most probable classes of each photo in arguments.image, files or folders.
+
+    Returns how many of these could not be read.
+    """
     model, checkpoint = load_model(arguments.output, name, device)
     config, classes, unread = checkpoint["config"], checkpoint["classes"], 0
     context = engine.autocast(device, config["precision"])
     print(f"{name}:")
     for place in map(Path, arguments.image):
-        inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in data.SUFFIXES)
-        if place.is_dir() and not inside:
+        files = [place]
+        if place.is_dir():
+            inside = sorted(place.rglob("*"))
+            files = [p for p in inside if p.suffix.lower() in data.SUFFIXES and p.name[0] != "."]
+        if not files:
             print(f"{place}: no photos in it")
             unread += 1
-        for file in inside if place.is_dir() else [place]:
+        for file in files:
             try:
                 pixels, _ = data.decode(file, config["image_size"])
             except OSError as error:
@@ -341,8 +343,7 @@ def classify_photos(name, arguments, device):
             row = predict(model, image, context, arguments.flip)[0].cpu()
             order = row.argsort(descending=True)[:3].tolist()
             print(f"{file}: {', '.join(f'{classes[i]} {row[i]:.1%}' for i in order)}")
-    if unread:
-        raise SystemExit(f"{unread} files could not be read, see above")
+    return unread
 
 
 # ---------------------------------------------------------------------------------------------
@@ -404,12 +405,12 @@ def model_row(runs, choosing, output):
     choosing: the seeds whose runs decided the choice. The mean over the others, `fresh`, is free of
     the optimism of that.
     """
-    photos = sum(runs[0]["data"]["counts"]["validation"].values())
+    validation_photos = sum(runs[0]["data"]["counts"]["validation"].values())
     validation = [run["best"]["validation_accuracy"] for run in runs]
     fresh = [run for run in runs if run["config"]["seed"] not in choosing]
     evaluations = [read_evaluation(output, run["name"]) for run in runs]
     measured = all(  # and not trained anew since
-        evaluation and evaluation["checkpoint_sha256"] == run.get("checkpoint_sha256")
+        evaluation and evaluation["checkpoint_sha256"] == run["checkpoint_sha256"]
         for run, evaluation in zip(runs, evaluations, strict=True)
     )
     row = {
@@ -419,7 +420,7 @@ def model_row(runs, choosing, output):
         "seeds": [run["config"]["seed"] for run in runs],
         "validation_accuracy": mean(validation),
         "validation_spread": spread(validation),
-        "validation_interval_95": list(wilson_interval(mean(validation), photos)),
+        "validation_interval_95": list(wilson_interval(mean(validation), validation_photos)),
         "test_accuracy": None,
         "test_spread": None,
         "test_interval_95": None,
@@ -437,8 +438,8 @@ def model_row(runs, choosing, output):
     if measured:
         test = [evaluation["accuracy"] for evaluation in evaluations]
         row["test_accuracy"], row["test_spread"] = mean(test), spread(test)
-        photos = len(evaluations[0]["predictions"])
-        row["test_interval_95"] = list(wilson_interval(mean(test), photos))
+        test_photos = len(evaluations[0]["predictions"])
+        row["test_interval_95"] = list(wilson_interval(mean(test), test_photos))
         row["gap"] = mean(validation) - mean(test)
         if fresh:
             of_fresh = [accuracy for run, accuracy in zip(runs, test, strict=True) if run in fresh]
@@ -523,20 +524,23 @@ def add_sizes(summary, runs, study, output):
     """
     run_of = {run["name"]: run for run in study}
     for model in summary["models"]:
-        label, chosen, rows = model["label"], run_of[model["runs"][0]], []
-        same = engine.settings(chosen["config"], SIZE_FLAGS)
-        of_chosen = [run for run in runs if engine.settings(run["config"], SIZE_FLAGS) == same]
-        if not of_chosen:
+        label, rows = model["label"], []
+        on_all = [run_of[name] for name in model["runs"]]
+        same = engine.settings(on_all[0]["config"], SIZE_FLAGS)
+        on_fewer = [run for run in runs if engine.settings(run["config"], SIZE_FLAGS) == same]
+        if not on_fewer:
             continue
-        for run in [*of_chosen, chosen]:
+        seed = on_fewer[0]["config"]["seed"]
+        for run in on_fewer + on_all:
+            if run["config"]["seed"] != seed:
+                continue
             classes = run["data"]["counts"]["train"]
             photos = sum(classes.values()) / len(classes)
             if run["best"] is not None and photos not in [r["photos_per_class"] for r in rows]:
                 rows.append({"photos_per_class": photos, **model_row([run], [], output)})
         rows.sort(key=lambda row: row["photos_per_class"])
         summary["sizes"] += rows
-        sizes = {row["photos_per_class"] for row in rows}
-        if len(sizes) > 1 and all(row["test_accuracy"] is not None for row in rows):
+        if len(rows) > 1 and all(row["test_accuracy"] is not None for row in rows):
             photos = np.array([row["photos_per_class"] for row in rows])
             right = stack_photos([right_photos(output, row["runs"][0]) for row in rows])
             summary["slopes"].append({"label": label, **slope_per_doubling(photos, right)})
@@ -560,19 +564,25 @@ def slope_per_doubling(photos, right, draws=2000):
 def summarise(output):
     """Build summary.json, but for the comparisons, from the runs and evaluations in `output`.
 
-    A study is the runs on the same photos, of each network those that differ only in what is tuned.
+    A study is the runs on the same photos, of each network those that differ only in what is tuned,
+    one for each combination of settings.
     """
     runs = list(read_runs(output).values())
     if not runs:
         raise SystemExit(f"{output}/runs holds no finished run: train one first.")
     fingerprints = [run["data"]["fingerprint"] for run in runs]
     fingerprint = max(sorted(set(fingerprints)), key=fingerprints.count)
-    study = [run for run in runs if run["data"]["fingerprint"] == fingerprint]
+    study, known = [], []
+    for run in runs:
+        settings = engine.settings(run["config"])
+        if run["data"]["fingerprint"] == fingerprint and settings not in known:
+            study.append(run)
+            known.append(settings)  # the same again under another --name is no other seed
     study.sort(key=lambda run: (run["config"]["dropout"], run["config"]["seed"], run["name"]))
     scratch, transfer, sizes = {}, {}, []
     for run in study:
         name = run["model"]["name"]
-        if run["config"].get("train_photos"):
+        if run["config"]["train_photos"]:
             sizes.append(run)
         elif run["kind"] == "scratch":
             scratch.setdefault(name, []).append(run)
@@ -607,16 +617,16 @@ def format_accuracy(row, split):
     if row[f"{split}_accuracy"] is None:
         return "not evaluated"
     low, high = row[f"{split}_interval_95"]
-    spread = row[f"{split}_spread"]
-    seeds = "" if spread is None else f" ± {100 * spread:.1f}"
+    deviation = row[f"{split}_spread"]
+    seeds = "" if deviation is None else f" ± {100 * deviation:.1f}"
     return f"{row[f'{split}_accuracy']:.1%}{seeds} [{low:.1%}, {high:.1%}]"
 
 
 def print_summary(summary):
     """The chosen models as a table, then what failed or does not belong to the study."""
     width = max((len(row["label"]) for row in summary["models"]), default=12)
-    head = f"{'chosen model':{width}}  {'validation [95%]':30}  {'test [95%]':30}  gap"
-    print(f"{head}   fresh seeds" if any(row["fresh_seeds"] for row in summary["models"]) else head)
+    head = f"{'chosen model':{width}}  {'validation [95%]':30}  {'test [95%]':30}"
+    print(f"{head}  gap   fresh seeds")
     for row in summary["models"]:
         gap = "" if row["gap"] is None else f"{100 * row['gap']:+.1f}"
         validation, test = format_accuracy(row, "validation"), format_accuracy(row, "test")
@@ -657,9 +667,10 @@ def main(argv=None):
     if not names:
         parser.error("name runs with --run, or give --best or --chosen")
     device = engine.pick_device(arguments.device)
+    unread = 0
     for name in dict.fromkeys(names):
         if arguments.image:
-            classify_photos(name, arguments, device)
+            unread = classify_photos(name, arguments, device)  # the same photos for every model
             continue
         evaluation = evaluate_run(name, split, arguments, device)
         low, high = evaluation["interval_95"]
@@ -667,6 +678,8 @@ def main(argv=None):
             f"{name}  {split} accuracy {evaluation['accuracy']:.1%} "
             f"(95% interval {low:.1%} to {high:.1%})"
         )
+    if unread:
+        raise SystemExit(f"{unread} files could not be read, see above")
     if arguments.chosen:
         summary = summarise(arguments.output)
         summary["comparisons"] = compare(summary["models"], arguments.output)

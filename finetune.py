@@ -26,14 +26,14 @@ def build_parser():
     parser = Parser(__doc__)
     add_place_flags(parser)
     engine.add_training_flags(parser)
-    flag, many = parser.add_argument, {"nargs": "+"}
+    flag = parser.add_argument
     share, names = number(float, 0, 1), ", ".join(models.BACKBONES)
     flag("--backbone", choices=models.BACKBONES, default="mobilenet_v2", metavar="B", help=names)
     flag("--weights", default="IMAGENET1K_V1", help="that name, none (random), or a file")
     flag("--unfreeze-convolutions", type=number(int, 0), default=0, help="how many of the last")
     flag("--image-size", type=number(int, 32, 2048), default=288, help="side of the photos, pixels")
-    flag("--learning-rate", type=number(float, 1e-12), default=[0.001], help="the highest", **many)
-    flag("--dropout", type=number(float, 0, 0.99), default=[0.2], help="before the FC", **many)
+    flag("--learning-rate", type=number(float, 1e-12), nargs="+", default=[0.001], help="highest")
+    flag("--dropout", type=number(float, 0, 0.99), nargs="+", default=[0.2], help="before the FC")
     flag("--optimizer", choices=("muon", "adamw"), default="adamw", help="muon: matrices by Muon")
     flag("--weight-decay", type=number(float, 0), default=0.05, help="decoupled")
     flag(
@@ -130,7 +130,8 @@ def main(argv=None):
     count = arguments.unfreeze_convolutions
     prefix = f"{arguments.backbone}-last{count}" if count else f"{arguments.backbone}-fc"
     views = min(arguments.views, arguments.epochs)
-    features, seed_of_features, feature_seconds = None, None, 0.0
+    train_features, validation_features = None, None
+    seed_of_features, feature_seconds = None, 0.0
     for run in engine.unfinished_runs(parser, arguments, prefix, photos):
         of_run = engine.photos_of_run(photos, run)
         torch.manual_seed(run.seed)
@@ -142,10 +143,10 @@ def main(argv=None):
         frozen = models.fold_batch_norm(model[:cut]).to(memory_format=torch.channels_last)
         trained = model[cut:]  # its layers are those of `model`, under the same names
         augmentation = data.Augmentation(run.crop_scale, run.rotation, run.jitter, run.flip)
-        loaders = [
-            data.Loader(of_run.train, run.batch_size, device, augmentation, run.seed, views),
-            data.Loader(photos.validation, engine.EVALUATION_BATCH, device),
-        ]
+        train_loader = data.Loader(
+            of_run.train, run.batch_size, device, augmentation, run.seed, views
+        )
+        validation_loader = data.Loader(photos.validation, engine.EVALUATION_BATCH, device)
         context = engine.autocast(device, run.precision)
         total = views * len(of_run.train.labels) + len(photos.validation.labels)
         needed = feature_gibibytes(frozen, total, run.image_size, device)
@@ -154,41 +155,39 @@ def main(argv=None):
                 f"{run.name}: features need {needed:.1f} GiB, --feature-memory is "
                 f"{run.feature_memory:g}: the frozen part runs in every step"
             )
-            loaders = [FrozenLoader(loader, frozen, context) for loader in loaders]
+            train_loader = FrozenLoader(train_loader, frozen, context)
+            validation_loader = FrozenLoader(validation_loader, frozen, context)
         else:
             if run.seed != seed_of_features:  # another seed draws other views, or photos
-                features = None  # frees the memory of the last ones
+                train_features, validation_features = (
+                    None,
+                    None,
+                )  # frees the memory of the last ones
                 begin = time.perf_counter()
                 # In batches of one size: runs that share features may have others.
-                source = copy.copy(loaders[0])
+                source = copy.copy(train_loader)
                 source.batch_size = engine.EVALUATION_BATCH
-                features = [
-                    compute_features(frozen, source, views, context),
-                    compute_features(frozen, loaders[1], 1, context),
-                ]
-                engine.synchronise(device)
+                try:
+                    train_features = compute_features(frozen, source, views, context)
+                    validation_features = compute_features(frozen, validation_loader, 1, context)
+                    engine.synchronise(device)
+                except torch.OutOfMemoryError:
+                    raise SystemExit(
+                        f"{run.name}: out of memory on {device}. Choose a smaller "
+                        "--feature-memory or --image-size, or fewer runs at a time (JOBS)."
+                    ) from None
                 feature_seconds, seed_of_features = time.perf_counter() - begin, run.seed
-            loaders = [
-                FeatureLoader(loader, kept) for loader, kept in zip(loaders, features, strict=True)
-            ]
-        result = engine.fit(trained, *loaders, run, of_run)
-        unchanged = models.is_unchanged(model, before)
-        if not unchanged:
+            train_loader = FeatureLoader(train_loader, train_features)
+            validation_loader = FeatureLoader(validation_loader, validation_features)
+        result = engine.fit(trained, train_loader, validation_loader, run, of_run)
+        if not models.is_unchanged(model, before):
             raise SystemExit(f"{run.name}: a frozen tensor has changed; please report it")
         if result.failed is None:
             trained.load_state_dict(result.best_state)
         result = result._replace(
             best_state=model.to("cpu").state_dict(), seconds=result.seconds + feature_seconds
         )
-        engine.save_run(
-            "finetune",
-            run,
-            of_run,
-            model,
-            result,
-            frozen_unchanged=unchanged,
-            feature_seconds=feature_seconds,
-        )
+        engine.save_run("finetune", run, of_run, model, result, frozen_unchanged=True)
 
 
 if __name__ == "__main__":

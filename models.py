@@ -34,7 +34,7 @@ class PlainCNN(nn.Module):
         super().__init__()
         self.convolutions = nn.ModuleList(
             nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False)
-            for before, after in zip((3, *self.widths), self.widths, strict=False)
+            for before, after in itertools.pairwise((3, *self.widths))
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in self.widths)
         self.pool = nn.MaxPool2d(2)
@@ -70,7 +70,9 @@ class ResidualCNN(PlainCNN):
         y = super().block(index, x)
         if index == 0:  # three colours are no features yet
             return y
-        return y + F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
+        new_channels = y.shape[1] - x.shape[1]
+        # F.pad takes how much to add before and after, from the last dimension to the second.
+        return y + F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, new_channels))
 
 
 SCRATCH = {"plain": PlainCNN, "residual": ResidualCNN}

@@ -22,12 +22,12 @@ def build_parser():
     parser = Parser(__doc__)
     add_place_flags(parser)
     engine.add_training_flags(parser)
-    flag, many = parser.add_argument, {"nargs": "+"}
+    flag = parser.add_argument
     share = number(float, 0, 1)
     flag("--model", choices=tuple(models.SCRATCH), default="plain", help="network")
     flag("--image-size", type=number(int, 32, 2048), default=96, help="side of the photos, pixels")
-    flag("--learning-rate", type=number(float, 1e-12), default=[0.02], help="the highest", **many)
-    flag("--dropout", type=number(float, 0, 0.99), default=[0.0], help="before FC layers", **many)
+    flag("--learning-rate", type=number(float, 1e-12), nargs="+", default=[0.02], help="highest")
+    flag("--dropout", type=number(float, 0, 0.99), nargs="+", default=[0.0], help="before each FC")
     flag("--optimizer", choices=("muon", "adamw"), default="muon", help="muon: matrices by Muon")
     flag("--weight-decay", type=number(float, 0), default=0.3, help="decoupled; of Muon's matrices")
     flag(

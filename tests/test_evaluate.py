@@ -323,14 +323,15 @@ def test_runs_of_other_photos_or_settings_are_left_out_by_name(photos, tmp_path,
     other = shutil.copytree(photos, tmp_path / "other")
     (other / "train" / "red" / "0.jpg").unlink()
     train(photos, *ONE_EPOCH, "--seed", "0", "1")
+    train(photos, *ONE_EPOCH, "--seed", "1", "--name", "the-same-again")
     train(photos, "--epochs", "2", "--name", "longer")
     train(other, *ONE_EPOCH, "--name", "of-other-photos")
     lost = ["--optimizer", "adamw", "--learning-rate", "1e30", "--name", "others-failed"]
     train(other, "--epochs", "1", *lost)
     summary = choose(photos)
-    assert summary["left_out"] == ["longer", "of-other-photos", "others-failed"]
+    assert summary["left_out"] == ["longer", "of-other-photos", "others-failed", "the-same-again"]
     assert "study: longer, of-other-photos, others-failed" in capsys.readouterr().out
-    assert len(summary["models"][0]["runs"]) == 2
+    assert summary["models"][0]["seeds"] == [0, 1]
 
 
 def test_a_failed_run_is_named_and_never_chosen(photos, capsys):
@@ -418,14 +419,6 @@ def test_a_damaged_checkpoint_is_one_clear_line(photos):
         run_evaluate(photos, "--run", "one")
 
 
-def test_a_run_from_before_checkpoints_had_a_digest_still_loads(photos):
-    [(name, run)] = train(photos, *ONE_EPOCH).items()
-    del run["checkpoint_sha256"]
-    common.write_json(f"results/runs/{name}.json", run)
-    run_evaluate(photos, "--run", name)
-    assert Path(f"results/evaluations/{name}.validation.json").exists()
-
-
 @pytest.mark.parametrize(
     "flags", [["--run", "../one"], ["--run", "a/b"], ["--chosen", "--flip"], []]
 )
@@ -453,15 +446,17 @@ def test_a_name_inside_a_run_file_leads_nowhere_else(photos, tmp_path):
 
 def test_image_takes_files_and_folders_and_goes_on_past_a_bad_file(photos, tmp_path, capsys):
     train(photos, "--name", "one")
+    train(photos, *ONE_EPOCH, "--name", "two")
     folder = shutil.copytree(photos / "test" / "green", tmp_path / "lunch" / "monday").parent
     (folder / "broken.jpg").write_bytes(b"no photo")
+    (folder / "._hidden.jpg").write_bytes(b"what an archive of a Mac leaves")
     (folder / "notes.txt").write_text("no photo, and not called one")
     photo = photos / "test" / "blue" / "1.jpg"
     capsys.readouterr()
     with pytest.raises(SystemExit, match="1 files could not be read"):
-        run_evaluate(photos, "--run", "one", "--image", str(folder), str(photo))
+        run_evaluate(photos, "--run", "one", "two", "--image", str(folder), str(photo))
     model, *lines = capsys.readouterr().out.splitlines()
-    assert model == "one:" and len(lines) == 7
+    assert model == "one:" and lines[7] == "two:" and len(lines) == 15
     assert lines[0].startswith(f"{folder / 'broken.jpg'}: not a readable photo")
     for line in lines[1:6]:
         assert line.startswith(f"{folder / 'monday'}") and ".jpg: green " in line

@@ -133,7 +133,7 @@ def lively_weights(backbone):
 
 @pytest.mark.parametrize("backbone", models.BACKBONES)
 @pytest.mark.parametrize("count", ["0", "2"])
-def test_training_on_kept_features_equals_ordinary_training(photos, backbone, count):
+def test_training_on_kept_features_equals_ordinary_training(photos, backbone, count, monkeypatch):
     flags = ["--data", str(photos), "--backbone", backbone, "--unfreeze-convolutions", count]
     flags += [*FINETUNE, "--epochs", "3", "--weights", lively_weights(backbone)]
     finetune.main([*flags, "--name", "kept"])
@@ -144,7 +144,9 @@ def test_training_on_kept_features_equals_ordinary_training(photos, backbone, co
     for kept, other in zip(runs["kept"]["history"], runs["ordinary"]["history"], strict=True):
         for key in ("train_loss", "validation_loss"):
             assert kept[key] == pytest.approx(other[key], rel=1e-3)
-    assert all(run["frozen_unchanged"] is True for run in runs.values())
+    monkeypatch.setattr(models, "is_unchanged", lambda *_: False)
+    with pytest.raises(SystemExit, match="a frozen tensor has changed"):
+        finetune.main([*flags, "--name", "changed"])
 
 
 @pytest.mark.parametrize("count", ["0", "3"])
@@ -255,6 +257,9 @@ def test_a_gpu_without_memory_is_one_line_that_says_what_helps(photos, monkeypat
     monkeypatch.setattr(engine, "train_one_epoch", full)
     with pytest.raises(SystemExit, match="out of memory on cpu. Choose a smaller --batch-size"):
         train(photos)
+    monkeypatch.setattr(finetune, "compute_features", full)
+    with pytest.raises(SystemExit, match="out of memory on cpu. Choose a smaller --feature-memory"):
+        finetune.main(["--data", str(photos), *FINETUNE])
 
 
 def test_deterministic_training_runs(photos):

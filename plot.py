@@ -409,23 +409,27 @@ def draw_attention(path, label, evaluation, data):
     save(figure, path, f"{label}: what speaks for the predicted class (bright)")
 
 
-def read_summary(output, runs):
-    """The content of summary.json; exits with one line if it, or one of its runs, is missing."""
-    path = output / "summary.json"
+def read_summary(output):
+    """The content of summary.json and the runs that it names: name -> content of the JSON.
+
+    Exits with one line if it, or one of its runs, is missing.
+    """
+    path, runs = output / "summary.json", read_runs(output)
     advice = f"`python evaluate.py --chosen --output {output}` writes it anew."
     try:
-        summary = read_json(path, "grid", "dropout", "transfer", "models")
+        keys = ("grid", "choices", "dropout", "transfer", "models", "sizes", "slopes")
+        summary = read_json(path, *keys, "failed", "left_out", "comparisons")
     except SystemExit as error:
         raise SystemExit(f"{error} {advice}") from None
     lines = summary["grid"] + summary["dropout"] + summary["transfer"]
-    rows = summary["models"] + summary.get("sizes", [])
+    rows = summary["models"] + summary["sizes"]
     names = {line["run"] for line in lines}.union(*[row["runs"] for row in rows])
     if any(Path(line["model"]).name != line["model"] for line in lines):
         raise SystemExit(f"{path}: a model's name leads out of the folder. {advice}")
     if not runs.keys() >= names:
         lost = ", ".join(sorted(names - runs.keys()))
         raise SystemExit(f"{path} names runs that {output}/runs lacks: {lost}. {advice}")
-    return summary
+    return summary, {name: runs[name] for name in sorted(names)}
 
 
 def read_evaluations(output, row):
@@ -443,8 +447,7 @@ def read_evaluations(output, row):
 
 def draw_all(output, data):
     """Draw what the summary lists; a stage that has not been run is skipped with one line."""
-    runs = read_runs(output)
-    summary = read_summary(output, runs)
+    summary, runs = read_summary(output)
     figures, grid, models = output / "figures", summary["grid"], summary["models"]
     row_of = {name: row for row in models for name in row["runs"]}
     labels = {name: row["label"].replace(" (", "\n(") for name, row in row_of.items()}
@@ -468,7 +471,7 @@ def draw_all(output, data):
         rows = [(labels[name], row_of[name]) for name in names]
         draw_dots(figures / "transfer.png", "Fine-tuning pre-trained networks", rows)
         draw_curves(figures / "curves_transfer.png", "Fine-tuning", chosen, runs, *CASE, labels)
-    sizes = [row for row in summary.get("sizes", []) if row["test_accuracy"] is not None]
+    sizes = [row for row in summary["sizes"] if row["test_accuracy"] is not None]
     if sizes:
         draw_sizes(figures / "sizes.png", sizes)
     ranked = sorted(models, key=lambda row: -row["validation_accuracy"])

@@ -40,8 +40,8 @@ def write_run(output, name, model, top, epochs=12, classes=CLASSES, **more):
         history.append({"train_accuracy": accuracy, "validation_accuracy": accuracy, **losses})
     best = {"epoch": epochs if top else None, "validation_accuracy": top, "validation_loss": 1}
     run = {"name": name, "kind": "", "config": {}, "model": {}, "seconds": 1, "history": history}
-    data = {"classes": classes}
-    write(output / f"runs/{name}.json", {**run, "data": data, "best": best if top else None})
+    run = {**run, "data": {"classes": classes}, "checkpoint_sha256": ""}
+    write(output / f"runs/{name}.json", {**run, "best": best if top else None})
     setting = {"learning_rate": 0.001, "batch_size": 32, "dropout": 0, "chosen": True}
     return {"run": name, "model": model, **setting, **best, **more}
 
@@ -63,8 +63,9 @@ def write_evaluation(output, name, classes, photos):
 
 def write_study(output, classes=CLASSES, photos=25, epochs=12, seeds=1):
     """Runs, evaluations and summary as the scripts leave them; returns the summary."""
-    summary, look = {}, {"epochs": epochs, "classes": classes}
-    summary["grid"], summary["dropout"], summary["transfer"], summary["models"] = [], [], [], []
+    stages = ("grid", "choices", "dropout", "transfer", "models", "sizes", "slopes")
+    summary = {key: [] for key in (*stages, "failed", "left_out", "comparisons")}
+    look = {"epochs": epochs, "classes": classes}
 
     def choose(label, kind, lines, test=0.7):
         row = {"label": label, "kind": kind, "runs": [line["run"] for line in lines]}

@@ -70,9 +70,8 @@ class ResidualCNN(PlainCNN):
         y = super().block(index, x)
         if index == 0:  # three colours are no features yet
             return y
-        new_channels = y.shape[1] - x.shape[1]
-        # F.pad takes how much to add before and after, from the last dimension to the second.
-        return y + F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, new_channels))
+        skip = F.avg_pool2d(x, 2)  # F.pad begins with the last dimension: width, height, channels
+        return y + F.pad(skip, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
 
 
 SCRATCH = {"plain": PlainCNN, "residual": ResidualCNN}

@@ -67,9 +67,14 @@ def is_class(entry):
     return os.path.isdir(entry) and entry.name[0] != "_"
 
 
+def has_photo_name(path):
+    """Whether a file is called a photo and not hidden, as what archives of a Mac leave is."""
+    return path.suffix.lower() in SUFFIXES and path.name[0] != "."
+
+
 def is_photo(entry):
     """Whether an os.DirEntry is read; a pipe or a device would be waited for without end."""
-    return Path(entry.name).suffix.lower() in SUFFIXES and os.path.isfile(entry)
+    return has_photo_name(Path(entry.name)) and os.path.isfile(entry)
 
 
 def list_photos(directory):
@@ -441,8 +446,8 @@ class Loader:
         for index_of_images, index in zip(self.shares(here), self.shares(there), strict=True):
             images = self.images[index_of_images]
             if self.device.type == "cuda" and images.device.type == "cpu":
-                # Pinned, so that the copy need not be waited for. On mps it must be: there the
-                # photos may be freed before they are read (pytorch issue 189690).
+                # Pinned, so that the copy need not be waited for. One to mps must be: else photos
+                # may be freed before it has read them (pytorch issue 189690).
                 images = images.pin_memory().to(self.device, non_blocking=True)
             images = images.to(self.device)  # no copy if they are there
             if view is None:

@@ -327,8 +327,7 @@ def classify_photos(name, arguments, device):
     for place in map(Path, arguments.image):
         files = [place]
         if place.is_dir():
-            inside = sorted(place.rglob("*"))
-            files = [p for p in inside if p.suffix.lower() in data.SUFFIXES and p.name[0] != "."]
+            files = [path for path in sorted(place.rglob("*")) if data.has_photo_name(path)]
         if not files:
             print(f"{place}: no photos in it")
             unread += 1

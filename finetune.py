@@ -159,10 +159,7 @@ def main(argv=None):
             validation_loader = FrozenLoader(validation_loader, frozen, context)
         else:
             if run.seed != seed_of_features:  # another seed draws other views, or photos
-                train_features, validation_features = (
-                    None,
-                    None,
-                )  # frees the memory of the last ones
+                train_features, validation_features = None, None  # frees their memory
                 begin = time.perf_counter()
                 # In batches of one size: runs that share features may have others.
                 source = copy.copy(train_loader)

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import read_json
+from common import read_json, read_runs
 
 import pytest
 
@@ -68,6 +68,8 @@ def test_the_demo_goes_through_every_stage_and_the_notebook_shows_it(clone):
     assert len(summary["grid"]) == 12 and len(summary["dropout"]) == 6
     assert len(summary["transfer"]) == 12 and len(summary["models"]) == 12
     assert all(row["test_accuracy"] is not None for row in summary["models"])
+    runs = read_runs(output).values()
+    assert all(run["frozen_unchanged"] for run in runs if run["kind"] == "finetune")
     best = max(row["test_accuracy"] for row in summary["models"])
     assert best > 0.4, "the networks learned nothing from the drawings"
     assert len(list((output / "figures").glob("*.png"))) > 10

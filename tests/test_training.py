@@ -133,7 +133,7 @@ def lively_weights(backbone):
 
 @pytest.mark.parametrize("backbone", models.BACKBONES)
 @pytest.mark.parametrize("count", ["0", "2"])
-def test_training_on_kept_features_equals_ordinary_training(photos, backbone, count, monkeypatch):
+def test_training_on_kept_features_equals_ordinary_training(photos, backbone, count):
     flags = ["--data", str(photos), "--backbone", backbone, "--unfreeze-convolutions", count]
     flags += [*FINETUNE, "--epochs", "3", "--weights", lively_weights(backbone)]
     finetune.main([*flags, "--name", "kept"])
@@ -144,9 +144,14 @@ def test_training_on_kept_features_equals_ordinary_training(photos, backbone, co
     for kept, other in zip(runs["kept"]["history"], runs["ordinary"]["history"], strict=True):
         for key in ("train_loss", "validation_loss"):
             assert kept[key] == pytest.approx(other[key], rel=1e-3)
+    assert all(run["frozen_unchanged"] is True for run in runs.values())
+
+
+def test_a_run_that_changed_what_is_frozen_is_not_kept(photos, monkeypatch):
     monkeypatch.setattr(models, "is_unchanged", lambda *_: False)
     with pytest.raises(SystemExit, match="a frozen tensor has changed"):
-        finetune.main([*flags, "--name", "changed"])
+        finetune.main(["--data", str(photos), *FINETUNE, "--epochs", "1"])
+    assert common.read_runs("results") == {}
 
 
 @pytest.mark.parametrize("count", ["0", "3"])

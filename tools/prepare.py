@@ -115,8 +115,7 @@ def unpack_archive(archive, target, counts=COURSE_COUNTS, classes=11):
             outside = path.is_absolute() or ".." in path.parts or set(member.filename) & set("\\:")
             if outside or stat.S_ISLNK(member.external_attr >> 16):
                 raise ValueError(f"{member.filename!r} in it is a link or leads out of the folder")
-            is_photo = path.suffix.lower() in data.SUFFIXES and path.name[0] != "."
-            if not is_photo or len(path.parts) < 3 or path.parts[0] == "__MACOSX":
+            if len(path.parts) < 3 or path.parts[0] == "__MACOSX" or not data.has_photo_name(path):
                 continue
             if path.parts[-3] in counts:
                 photo = folder.joinpath(*path.parts[-3:])

@@ -429,8 +429,8 @@ def at_equal_settings(summary):
         if differences:
             mean = np.mean(differences)
             sentences.append(
-                f"At equal settings {second} is on average "
-                f"{abs(mean):.1f} points {'above' if mean > 0 else 'below'} {first} on validation "
+                f"At equal settings {second} is on average {abs(mean):.1f} points "
+                f"{'above' if mean > 0 else 'below'} {first} on validation "
                 f"({min(differences):+.1f} to {max(differences):+.1f} in {len(differences)})."
             )
     return paragraph(*sentences)
@@ -456,8 +456,8 @@ samples of photos, which is within {luck:.0f} points either way in 95 of 100 stu
 is above the last one by {listing(picked)} points on validation: part of that is optimism."""
 
 
-def scratch(summary, runs, verdict, differences):
-    """The chosen networks from scratch, and dropout; verdict, differences: see compare_pairs()."""
+def scratch(summary, runs, dropout):
+    """The chosen networks from scratch, and dropout: (sentence, table), see compare_pairs()."""
     rows = [row for row in summary["models"] if row["kind"] == "scratch"]
     without, with_dropout = scratch_labels(summary)
     plain = [row for row in rows if row["label"] in without]
@@ -492,9 +492,9 @@ overfits; without it the validation loss {", ".join(losses)}."""
 
 ## Dropout
 
-{paragraph(verdict, why)}
+{paragraph(dropout[0], why)}
 
-{differences}
+{dropout[1]}
 
 ![Dropout, with 95% intervals.](<figures/dropout.png>)"""
 
@@ -837,7 +837,7 @@ def write_report(output):
     if summary["choices"] or summary["failed"]:
         parts.append(grid(summary, runs))
     if scratch_best:
-        parts.append(scratch(summary, runs, *dropout))
+        parts.append(scratch(summary, runs, dropout))
         parts.append(
             errors(scratch_best, finetune_best, runs, output, "Where it errs: from scratch")
         )

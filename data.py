@@ -347,20 +347,19 @@ def draw_augmentation(count, generator, augmentation):
     Returns (theta float32 [N, 2, 3] for F.affine_grid, color float32 [N, 3]: factors of
     brightness, contrast and saturation).
     """
-    crop_scale, rotation, jitter, flip = augmentation
     area, aspect, angle, mirror, x, y, *color = torch.rand(9, count, generator=generator)
-    area = crop_scale + (1 - crop_scale) * area
-    largest_aspect = 4 / 3 if crop_scale < 1 else 1.0
+    area = augmentation.crop_scale + (1 - augmentation.crop_scale) * area
+    largest_aspect = 4 / 3 if augmentation.crop_scale < 1 else 1.0
     aspect = torch.exp((2 * aspect - 1) * math.log(largest_aspect))
     width = (area * aspect).sqrt().clamp(max=1)
     height = (area / aspect).sqrt().clamp(max=1)
-    angle = (2 * angle - 1) * math.radians(rotation)
-    mirror = torch.where(mirror < flip, -1.0, 1.0)
+    angle = (2 * angle - 1) * math.radians(augmentation.rotation)
+    mirror = torch.where(mirror < augmentation.flip, -1.0, 1.0)
     x, y = (2 * x - 1) * (1 - width), (2 * y - 1) * (1 - height)
     cos, sin = angle.cos(), angle.sin()
     rows = [width * cos * mirror, -height * sin, x, width * sin * mirror, height * cos, y]
     theta = torch.stack(rows, 1).view(count, 2, 3)
-    return theta, 1 + jitter * (2 * torch.stack(color, 1) - 1)
+    return theta, 1 + augmentation.jitter * (2 * torch.stack(color, 1) - 1)
 
 
 @functools.cache

@@ -223,7 +223,7 @@ def activation_maps(model, images, context):
     """Where `model` sees its predicted class: float32 [B, h, w] in 0..1, at the last convolution.
 
     images: normalised photos float32 [B, 3, H, W]. Selvaraju et al., "Grad-CAM", ICCV 2017, but
-    relative to the mean over the photo, since batch norm follows and takes any offset away.
+    minus the mean over the photo, so that a channel that is bright everywhere does not count.
     """
     outputs = []
 
@@ -243,12 +243,12 @@ def activation_maps(model, images, context):
     return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 
-def examples(labels, predicted, probabilities):
+def examples(labels, predicted, confidence):
     """Indices of the most confident right photos, then wrong ones: 6 each, of 6 classes."""
     chosen = []
     for right in (True, False):
         seen = set()
-        for i in probabilities.argsort()[::-1].tolist():
+        for i in confidence.argsort()[::-1].tolist():
             if (labels[i] == predicted[i]) == right and labels[i] not in seen and len(seen) < 6:
                 seen.add(labels[i])
                 chosen.append(i)
@@ -402,9 +402,9 @@ def model_row(runs, choosing, output):
     """One chosen model over its seeds: accuracies with intervals, gap, cost.
 
     choosing: the seeds whose runs decided the choice. The mean over the others, `fresh`, is free of
-    the optimism of that.
+    the optimism of that. Only the test accuracy has an interval: the validation photos have chosen
+    what they measure. `seconds` are of the fastest run, which had its processor most to itself.
     """
-    validation_photos = sum(runs[0]["data"]["counts"]["validation"].values())
     validation = [run["best"]["validation_accuracy"] for run in runs]
     fresh = [run for run in runs if run["config"]["seed"] not in choosing]
     evaluations = [read_evaluation(output, run["name"]) for run in runs]
@@ -419,7 +419,6 @@ def model_row(runs, choosing, output):
         "seeds": [run["config"]["seed"] for run in runs],
         "validation_accuracy": mean(validation),
         "validation_spread": spread(validation),
-        "validation_interval_95": list(wilson_interval(mean(validation), validation_photos)),
         "test_accuracy": None,
         "test_spread": None,
         "test_interval_95": None,
@@ -429,7 +428,7 @@ def model_row(runs, choosing, output):
         "fresh_test_accuracy": None,
         "parameters": runs[0]["model"]["parameters"],
         "trainable_parameters": runs[0]["model"]["trainable_parameters"],
-        "seconds": mean([run["seconds"] for run in runs]),
+        "seconds": min(run["seconds"] for run in runs),
     }
     if fresh:
         accuracies = [run["best"]["validation_accuracy"] for run in fresh]
@@ -536,12 +535,14 @@ def add_sizes(summary, runs, study, output):
             classes = run["data"]["counts"]["train"]
             photos = sum(classes.values()) / len(classes)
             if run["best"] is not None and photos not in [r["photos_per_class"] for r in rows]:
-                rows.append({"photos_per_class": photos, **model_row([run], [], output)})
+                rows.append({"photos_per_class": photos, **model_row([run], [seed], output)})
         rows.sort(key=lambda row: row["photos_per_class"])
         summary["sizes"] += rows
-        if len(rows) > 1 and all(row["test_accuracy"] is not None for row in rows):
+        names = [row["runs"][0] for row in rows if row["test_accuracy"] is not None]
+        test_photos = {read_evaluation(output, name)["photos"] for name in names}
+        if len(names) == len(rows) > 1 and len(test_photos) == 1:
             photos = np.array([row["photos_per_class"] for row in rows])
-            right = stack_photos([right_photos(output, row["runs"][0]) for row in rows])
+            right = stack_photos([right_photos(output, name) for name in names])
             summary["slopes"].append({"label": label, **slope_per_doubling(photos, right)})
 
 
@@ -615,23 +616,26 @@ def format_accuracy(row, split):
     """Accuracy of a row of the summary's `models` on a split, its spread over seeds, interval."""
     if row[f"{split}_accuracy"] is None:
         return "not evaluated"
-    low, high = row[f"{split}_interval_95"]
-    deviation = row[f"{split}_spread"]
-    seeds = "" if deviation is None else f" ± {100 * deviation:.1f}"
-    return f"{row[f'{split}_accuracy']:.1%}{seeds} [{low:.1%}, {high:.1%}]"
+    text, deviation = f"{row[f'{split}_accuracy']:.1%}", row[f"{split}_spread"]
+    if deviation is not None:
+        text += f" ± {100 * deviation:.1f}"
+    if split == "test":
+        low, high = row["test_interval_95"]
+        text += f" [{low:.1%}, {high:.1%}]"
+    return text
 
 
 def print_summary(summary):
     """The chosen models as a table, then what failed or does not belong to the study."""
     width = max((len(row["label"]) for row in summary["models"]), default=12)
-    head = f"{'chosen model':{width}}  {'validation [95%]':30}  {'test [95%]':30}"
+    head = f"{'chosen model':{width}}  {'validation':13}  {'test [95%]':30}"
     print(f"{head}  gap   fresh seeds")
     for row in summary["models"]:
         gap = "" if row["gap"] is None else f"{100 * row['gap']:+.1f}"
         validation, test = format_accuracy(row, "validation"), format_accuracy(row, "test")
         mean_of_fresh = row["fresh_test_accuracy"]
         fresh = "" if mean_of_fresh is None else f"{mean_of_fresh:.1%}"
-        print(f"{row['label']:{width}}  {validation:30}  {test:30}  {gap:5} {fresh}".rstrip())
+        print(f"{row['label']:{width}}  {validation:13}  {test:30}  {gap:5} {fresh}".rstrip())
     for failure in summary["failed"]:
         print(f"failed: {failure['run']}, {failure['reason']}")
     if summary["left_out"]:
@@ -657,7 +661,8 @@ def main(argv=None):
         summary = summarise(arguments.output)
         rows, sizes = summary["models"], summary["sizes"]
         if not rows:
-            raise SystemExit(f"{arguments.output}/runs: no run to choose; all have failed.")
+            what = "no run without dropout, on all photos, that has not failed"
+            raise SystemExit(f"{arguments.output}/runs: {what}.")
     if arguments.best:
         names.append(max(rows, key=lambda row: row["validation_accuracy"])["runs"][0])
     if arguments.chosen:

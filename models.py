@@ -63,7 +63,8 @@ class ResidualCNN(PlainCNN):
     He et al., "Deep residual learning for image recognition", CVPR 2016, with their option A,
     which has no parameters: the skip is zero in the added channels. It is pooled by the average
     and added after the ReLU, so that what it carries is neither the largest value alone nor cut
-    off; pooled by the maximum and added before the ReLU it costs a point (results/EXPERIMENTS.md).
+    off; pooled by the maximum and added before the ReLU it was a point worse than no skip
+    (results/EXPERIMENTS.md).
     """
 
     def block(self, index, x):

@@ -226,15 +226,17 @@ def draw_dots(path, title, rows):
         for shift, split, style in ((-0.17, "validation", VALIDATION), (0.17, "test", TEST)):
             accuracy, y = row[f"{split}_accuracy"], place + shift
             if accuracy is not None:
-                low, high = row[f"{split}_interval_95"]
-                spread = [[accuracy - low], [high - accuracy]]
-                axes.errorbar(accuracy, y, xerr=np.abs(spread), capsize=3, **style)
-                axes.text(high, y, f"  {accuracy:.1%}", va="center", fontsize=9)
+                end, bar = accuracy, None
+                if split == "test":  # validation photos have chosen what they measure
+                    low, end = row["test_interval_95"]
+                    bar = np.abs([[accuracy - low], [end - accuracy]])
+                axes.errorbar(accuracy, y, xerr=bar, capsize=3, **style)
+                axes.text(end, y, f"   {accuracy:.1%}", va="center", fontsize=9)
     left, right = axes.get_xlim()
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 1])
     axes.set(xlim=(left, right + 0.06 * (right - left)), ylim=(len(rows) - 0.4, -0.6))
-    axes.set_xlabel("accuracy (bars: 95% intervals)")
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel("accuracy (bars: 95% intervals over test photos)")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.grid(axis="y", visible=False)
     save(figure, path, title, VALIDATION, TEST)
@@ -279,8 +281,10 @@ def draw_confusion(path, row, evaluations):
         axes.set(xlabel=f"predicted, {hint}", ylabel=f"true, {hint}")
     name = row["label"] if seeds == 1 else f"{row['label']}, sum over {seeds} seeds"
     right = f"{counts.trace() / counts.sum():.1%} of {counts.sum() // seeds} {split} photos right"
-    low, high = row[f"{split}_interval_95"]
-    save(figure, path, f"{textwrap.fill(name, 60)}\n{right} (95% interval {low:.1%} to {high:.1%})")
+    if split == "test":
+        low, high = row["test_interval_95"]
+        right += f" (95% interval {low:.1%} to {high:.1%})"
+    save(figure, path, f"{textwrap.fill(name, 60)}\n{right}")
 
 
 def draw_sizes(path, sizes):
@@ -461,7 +465,7 @@ def draw_all(output, data):
     if grid:
         draw_grid(figures / "grid_heatmap.png", grid)
     cases = group(summary["dropout"], "model", "dropout")
-    if cases:
+    if any(line["dropout"] for line in summary["dropout"]):
         names = [seeds[0]["run"] for seeds in cases.values()]
         rows = [(labels[name], row_of[name]) for name in names]
         draw_dots(figures / "dropout.png", "Dropout in front of the fully connected layers", rows)

@@ -253,6 +253,7 @@ def test_runs_on_fewer_photos_stand_apart_with_their_slope(photos):
         train(photos, *ONE_EPOCH, "--best-of-grid", "--train-photos", count)
     summary = choose(photos)
     assert [row["photos_per_class"] for row in summary["sizes"]] == [4, 7, 14]
+    assert all(row["fresh_seeds"] == [] for row in summary["sizes"])
     assert len(summary["models"]) == 1 and len(summary["grid"]) == 2 and not summary["left_out"]
     assert [line["label"] for line in summary["slopes"]] == ["plain CNN"]
 
@@ -352,7 +353,7 @@ def test_a_failed_run_is_named_and_never_chosen(photos, capsys):
 
 def test_a_study_in_which_all_runs_failed_is_one_clear_line(photos):
     train(photos, "--optimizer", "adamw", "--learning-rate", "1e30")
-    with pytest.raises(SystemExit, match="no run to choose; all have failed"):
+    with pytest.raises(SystemExit, match="no run without dropout, on all photos"):
         choose(photos)
 
 

@@ -100,25 +100,26 @@ def probability(p_value):
 def compare_pairs(summary, pairs, question):
     """What the paired tests decide of some pairs (a, b) of models: (sentence, table), or two "".
 
-    question: what the pairs are about, such as "Whether dropout helps".
+    question: what the pairs are about, such as "Whether dropout helps". Of several pairs one may
+    look decided by chance, so each must pass 0.05 divided by their number (Bonferroni).
     """
-    rows, decided = [], []
-    for a, b in pairs:
-        found = compared(summary, a, b)
-        if found is None:
-            continue
-        line, difference, low, high = found
+    found = [(a, b, compared(summary, a, b)) for a, b in pairs]
+    found = [(a, b, numbers) for a, b, numbers in found if numbers is not None]
+    if not found:
+        return "", ""
+    rows, decided, level = [], [], 0.05 / len(found)
+    for a, b, (line, difference, low, high) in found:
         interval, p_value = f"{low:+.1f} to {high:+.1f}", probability(line["p_value"])
         rows.append((a, b, f"{difference:+.1f}", interval, p_value, line["method"]))
-        if line["different"]:
+        if line["p_value"] < level:
             decided.append(f"{a} is {'better' if difference > 0 else 'worse'} than {b}")
-    if not rows:
-        return "", ""
     number = len(decided) if decided else "none"
-    found = f": {'; '.join(decided)}." if decided else "."
-    sentence = f"{question} is decided in {number} of {len(rows)} paired comparisons{found}"
+    which = f": {'; '.join(decided)}." if decided else "."
+    sentence = f"{question} is decided in {number} of {len(rows)} paired comparisons{which}"
     head = "a", "against b", "a - b, points", "95% interval", "p", "method"
-    caption = "Differences in test accuracy on the same photos. Decided is what has p < 0.05."
+    caption = "Differences in test accuracy on the same photos. Decided is what has "
+    caption += f"p < {level:.2g}"
+    caption += ": 0.05 divided by the number of pairs." if len(rows) > 1 else "."
     return sentence, table(head, rows, caption)
 
 
@@ -161,7 +162,7 @@ def paired_verdicts(summary):
     cases = [(label, f"{network_of(label)} (FC only)") for label in labels]
     return (
         compare_pairs(summary, dropout, "Whether dropout helps"),
-        compare_pairs(summary, backbones, "Which backbone is the best"),
+        compare_pairs(summary, backbones, "Whether the best backbone is better than the others"),
         compare_pairs(summary, cases, "Whether training more than the last layer helps"),
     )
 
@@ -172,10 +173,12 @@ def in_short(summary, best, verdicts):
     for kind, row in best.items():
         name = "from scratch" if kind == "scratch" else "fine-tuned"
         others = [other for other in summary["models"] if other["kind"] == kind and other != row]
-        text = f"Best {name} on validation: {row['label']}, {row['validation_accuracy']:.1%}"
+        accuracy = evaluate.format_accuracy(row, "validation")
+        text = f"Best {name} on validation: {row['label']}, {accuracy}"
         if others:
             second = max(others, key=lambda other: other["validation_accuracy"])
-            text += f" (next: {second['label']}, {second['validation_accuracy']:.1%})"
+            accuracy = evaluate.format_accuracy(second, "validation")
+            text += f" (next: {second['label']}, {accuracy})"
         lines.append(f"{text}. On test: {evaluate.format_accuracy(row, 'test')}.")
     if len(best) == 2:
         lines.append(describe_pair(summary, best["finetune"]["label"], best["scratch"]["label"]))
@@ -186,8 +189,9 @@ def in_short(summary, best, verdicts):
 
 def how_to_read(rows):
     """What the numbers of all tables of results mean."""
-    text = """In the tables brackets are 95% intervals for other photos; gap is validation minus
-test accuracy, in points."""
+    text = """Brackets are 95% intervals for other photos. Validation accuracies have none: these
+photos chose epoch, setting and model, so that they flatter them. Gap is validation minus test
+accuracy, in points."""
     counts = sorted({len(row["seeds"]) for row in rows})
     if counts[-1] > 1:
         several = listing([str(count) for count in counts if count > 1])
@@ -196,27 +200,23 @@ test accuracy, in points."""
     if any(row["fresh_seeds"] for row in rows):
         text += """ Fresh seeds had no part in choosing learning rate and batch size, so that their
 mean owes nothing to that choice."""
-    return text
+    return f"""{text} Trained: parameters. Seconds: of the fastest run, features of frozen layers
+included."""
 
 
-def results_table(rows, caption, cost=False):
-    """Accuracies of chosen models; with `cost` also what they train and how long."""
-    head = ["model", "validation [95%]", "test [95%]", "gap"]
+def results_table(rows, caption):
+    """Accuracies of chosen models, how much they train and how long."""
+    head = ["model", "validation", "test [95%]", "gap", "trained", "seconds"]
     lines, fresh = [], any(row["fresh_seeds"] for row in rows)
     if fresh:
         head.insert(3, "test, fresh seeds")
-    if cost:
-        head += ["trained", "seconds"]
-        caption += " Trained: parameters. Seconds: of a run, features of frozen layers included."
     for row in rows:
         cells = [row["label"], *(evaluate.format_accuracy(row, s) for s in ("validation", "test"))]
         if fresh:
             mean = row["fresh_test_accuracy"]
             cells.append("" if mean is None else f"{mean:.1%}")
         cells.append("" if row["gap"] is None else f"{100 * row['gap']:+.1f}")
-        if cost:
-            cells += [f"{row['trainable_parameters']:,}", f"{row['seconds']:.0f}"]
-        lines.append(cells)
+        lines.append([*cells, f"{row['trainable_parameters']:,}", f"{row['seconds']:.0f}"])
     return table(head, lines, caption)
 
 
@@ -319,11 +319,13 @@ second block on, with zeros for the channels that are new:
 
 {code(models.ResidualCNN.block)}
 
+Each run sees every photo {config["epochs"]} times and keeps the epoch that is best on validation.
 The loss is cross-entropy with label smoothing {config["label_smoothing"]:g}. The optimizer is
-{optimizer}. The learning rate rises over {config["warmup_epochs"]:g} epochs, then {end}. Each photo
+{optimizer}. Weight decay is {config["weight_decay"]:g}. The learning rate rises over
+{config["warmup_epochs"]:g} epochs, then {end}. Each photo
 of a batch gets its own crop (at least {config["crop_scale"]:.0%} of the area), flip, rotation (up
 to {config["rotation"]:g} degrees) and colours. {config["cutmix"]:.0%} of the batches are mixed by
-CutMix: a square of each photo, of random size, is replaced by that of the next one. Training
+CutMix: a square of each photo, of random size, is replaced by that of another one. Training
 accuracy is counted on these photos, and a mixed one has but one right answer there: even a network
 that knows all photos by heart would hardly get beyond {by_heart:.0%}. Training loss
 has label smoothing and mixed photos in it, validation loss has neither, so compare the course of
@@ -336,53 +338,29 @@ Accuracy and confusion matrix are computed by hand; recall, precision and F1 fol
 {code(evaluate.confusion_matrix)}"""
 
 
-def effect(lines, key, photos):
-    """What the learning rate or the batch size does: (sentence, whether it is beyond chance).
-
-    lines: of the grid of one network; photos: how many there are for validation.
-    """
-    groups = {}
-    for line in sorted(lines, key=lambda line: line[key]):
-        groups.setdefault(line[key], []).append(line["validation_accuracy"])
-    if len(groups) == 1:
-        return "", False
-    means = {value: np.mean(accuracies) for value, accuracies in groups.items()}
-    low, high, middle = min(means.values()), max(means.values()), np.mean(list(means.values()))
-    # How far the largest and the smallest of so many equal means are apart in 95 of 100 studies.
-    noise = np.random.default_rng(0).standard_normal((100_000, len(means)))
-    limit = np.quantile(noise.max(1) - noise.min(1), 0.95)
-    chance = limit * half_width(photos * len(lines) / len(groups), middle) / 1.96
-    beyond = 100 * (high - low) > chance
-    numbers = listing([f"{mean:.1%} at {value:g}" for value, mean in means.items()])
-    sentence = f"""By {key.replace("_", " ")} the mean is {numbers}: {100 * (high - low):.1f} points
-apart, where chance can give {chance:.0f}."""
-    return sentence, beyond
-
-
 def grid_of(model, chosen, summary, runs):
     """What the grid of one network shows, and the course of its chosen run, the first seed."""
-    lines = [
-        line
-        for line in summary["grid"]
-        if line["model"] == model and line["validation_accuracy"] is not None
-    ]
-    if not lines:
-        return f"No run of the grid of the {model} network has come to its end."
-    run, accuracies = runs[chosen["run"]], [line["validation_accuracy"] for line in lines]
+    lines = [line for line in summary["grid"] if line["model"] == model]
+    rates = {line["learning_rate"] for line in lines}
+    finished = [line for line in lines if line["validation_accuracy"] is not None]
+    accuracies = [line["validation_accuracy"] for line in finished]
     low, high = f"{min(accuracies):.1%}", f"{max(accuracies):.1%}"
     reached = low if low == high else f"{low} to {high}"
-    total = sum(run["data"]["counts"]["validation"].values())
-    effects = {key.replace("_", " "): effect(lines, key, total) for key in plot.SETTING}
-    moved = [key for key, (_, beyond) in effects.items() if beyond]
-    finding = "This grid can't show an effect of either setting."
-    if moved:
-        finding = f"Beyond chance it is moved by the {listing(moved)}."
-    rates = {line["learning_rate"] for line in summary["grid"] if line["model"] == model}
-    loss, overfits = overfitting(run)
+    means = []
+    for key in plot.SETTING:
+        groups = sorted(plot.group(finished, key).items())
+        values = [f"{plot.mean_accuracy(own):.1%} ({value:g})" for (value,), own in groups]
+        means.append(f"by {key.replace('_', ' ')} {', '.join(values)}")
+    [row] = [row for row in summary["models"] if chosen["run"] in row["runs"]]
+    chance = "With one seed it is open how much of this is chance."
+    if row["validation_spread"] is not None:
+        chance = f"""By chance alone, from seed to seed, the chosen setting varies by
+{100 * row["validation_spread"]:.1f} points (standard deviation over {len(row["seeds"])} seeds)."""
+    loss, overfits = overfitting(runs[chosen["run"]])
     judgement = "it overfits" if overfits else "no sign of overfitting"
-    return f"""The {model} network reaches {reached} on validation, the best epoch of each setting.
-{finding} {" ".join(sentence for sentence, _ in effects.values())} Chosen: learning
-rate {chosen["learning_rate"]:g}, batch {chosen["batch_size"]}.
+    return f"""The {model} network reaches {reached} on validation, the best epoch of each setting;
+the means are {listing(means)}. {chance} Chosen: learning rate
+{chosen["learning_rate"]:g}, batch {chosen["batch_size"]}.
 {edge(rates, chosen["learning_rate"])} Its validation loss (seed {chosen["seed"]}) {loss}:
 {judgement}."""
 
@@ -462,12 +440,12 @@ def scratch(summary, runs, dropout):
     without, with_dropout = scratch_labels(summary)
     plain = [row for row in rows if row["label"] in without]
     skips = ""
-    if len(plain) > 1:
-        skips = """Skips were made for networks of dozens of layers, whose gradients fade on their
-way back, so that without skips they hardly learn. Five layers with batch normalisation are few
-enough to learn without. A larger trial, one setting for both, 5 seeds, 6050 test photos of
-Food-11's dishes at 64 px, gives the skip +0.1 points [-0.8, +1.0]; built another way, pooled by the
-maximum and added before the ReLU, it cost 1.0 [0.3, 1.8] at another setting
+    if [row["label"] for row in plain] == ["plain CNN", "residual CNN"]:
+        skips = """Skips were made for networks of dozens of layers: without them a deeper one had
+a higher training error than a shallower one, in spite of batch normalisation (He et al.). Five
+layers are few enough to learn without. A larger trial, one setting for both, 5 seeds, 6050 test
+photos of Food-11's dishes at 64 px, gives the skip +0.1 points [-0.8, +1.0]; of an earlier form,
+pooled by the maximum and added before the ReLU, -1.0 [-1.8, -0.3] at another learning rate
 (results/EXPERIMENTS.md)."""
     written = f"""## The best of each, and what the skip does
 
@@ -495,6 +473,8 @@ overfits; without it the validation loss {", ".join(losses)}."""
 {paragraph(dropout[0], why)}
 
 {dropout[1]}
+
+{results_table([row for row in rows if row not in plain], "The networks with dropout.")}
 
 ![Dropout, with 95% intervals.](<figures/dropout.png>)"""
 
@@ -528,14 +508,12 @@ pairs below are {share:.0%} of its mistakes."""
             for line, (_, i, j) in zip(lines, worst, strict=True):
                 line.append(f"{(counts[i, j] + counts[j, i]) * seeds / len(theirs):.0f}")
         pairs = table(head, lines, caption)
-    recalls, extremes = matrix.diagonal() / matrix.sum(1), []
-    order = recalls.argsort(kind="stable")
-    for i in (order[-1], order[0]):
-        low, high = evaluate.wilson_interval(recalls[i], matrix[i].sum() / seeds)
-        extremes.append(f"{classes[i]} ({recalls[i]:.0%} [{low:.0%}, {high:.0%}])")
+    recalls = matrix.diagonal() / matrix.sum(1)
+    best, worst = recalls.argmax(), recalls.argmin()
     return f"""## {title}
 
-{finding} The best recognised class is {extremes[0]}, the worst {extremes[1]}.
+{finding} The best recognised class is {classes[best]} ({recalls[best]:.0%}), the worst
+{classes[worst]} ({recalls[worst]:.0%}).
 {towards_frequent(matrix, runs[name]["data"])}
 
 {pairs}
@@ -582,10 +560,11 @@ edges, textures and parts. """
 {learned}Fine-tuning replaces the last layer by one for the new classes and trains that alone, or
 the last convolutions with it. The rest is frozen, batch-norm statistics too, so that it has to be
 computed only once for each view of a photo. After training all that is frozen is as loaded, bit for
-bit: a run of which it is not ends with an error. The optimizer is {config["optimizer"]}, batch
-{config["batch_size"]}, photos of {config["image_size"]} px, {config["views"]} views of each in
-turns (crops of at least {config["crop_scale"]:.0%} of the area, flips, colours).
-{trained_convolutions(rows, runs)}
+bit: a run of which it is not ends with an error. The optimizer is {config["optimizer"]}, with
+weight decay {config["weight_decay"]:g}, batch {config["batch_size"]}, {config["epochs"]} epochs,
+dropout {config["dropout"]:g} before the last layer, label smoothing {config["label_smoothing"]:g};
+photos are of {config["image_size"]} px, {config["views"]} views of each in turns (crops of at least
+{config["crop_scale"]:.0%} of the area, flips, colours). {trained_convolutions(rows, runs)}
 
 {tuning(summary, runs)}
 
@@ -622,36 +601,18 @@ def trained_convolutions(rows, runs):
 
 
 def tuning(summary, runs):
-    """Every learning rate of every case, with the seed that tried them all."""
-    cases = plot.group(summary["transfer"], *plot.CASE)
-    rates = sorted({line["learning_rate"] for line in summary["transfer"]})
-    rows, ends = [], []
-    for lines in cases.values():
-        label = evaluate.label_of(runs[lines[0]["run"]]["config"])
-        seeds = [line["seed"] for line in lines]
-        seed = max(seeds, key=seeds.count)  # the others repeat but what it chose
-        finished = [
-            line
-            for line in lines
-            if line["seed"] == seed and line["validation_accuracy"] is not None
-        ]
-        shown = {}
-        for rate in rates:
-            tried = [line for line in finished if line["learning_rate"] == rate]
-            if tried:  # of several batch sizes the chosen one, or else the best
-                shown[rate] = max(
-                    tried, key=lambda line: (line["chosen"], line["validation_accuracy"])
-                )
-        cells = dict.fromkeys(rates, "")
-        for rate, line in shown.items():
-            cells[rate] = f"{line['validation_accuracy']:.1%}{' *' if line['chosen'] else ''}"
-        rows.append((label, *cells.values()))
-        if any(line["chosen"] and edge(shown, rate) for rate, line in shown.items()):
-            ends.append(label)
-    caption = "Validation accuracy by learning rate; * is chosen."
-    if ends:
-        caption += f" At the end of what was tried, where more might help: {listing(ends)}."
-    return table(("learning rate", *(f"{rate:g}" for rate in rates)), rows, caption)
+    """Validation accuracy of every setting of every case, by the first seed that tried it."""
+    settings = sorted(plot.group(summary["transfer"], *plot.SETTING))
+    rows = []
+    for lines in plot.group(summary["transfer"], *plot.CASE).values():
+        cells = dict.fromkeys(settings, "")
+        for setting, seeds in plot.group(lines, *plot.SETTING).items():
+            accuracy, star = seeds[0]["validation_accuracy"], " *" if seeds[0]["chosen"] else ""
+            cells[setting] = "failed" if accuracy is None else f"{accuracy:.1%}{star}"
+        rows.append((evaluate.label_of(runs[lines[0]["run"]]["config"]), *cells.values()))
+    head = "learning rate, batch", *(f"{rate:g}, {batch}" for rate, batch in settings)
+    caption = "Validation accuracy; * is chosen. One at an end of its row might do better beyond."
+    return table(head, rows, caption)
 
 
 def why_more_layers(rows, runs):
@@ -668,51 +629,55 @@ def why_more_layers(rows, runs):
             )
     if not sentences:
         return ""
-    return f"""{". ".join(sentences)}. Where the validation loss rises while nearly all training
-photos are known, the network overfits."""
+    return f"""{". ".join(sentences)}. Where the validation loss rises (here: more than 5% above
+its lowest) while nearly all training photos are known, the network overfits."""
 
 
 def sizes(summary, runs, best):
     """What more training photos are worth; "" if that was not measured."""
-    kind_of = {row["label"]: row["kind"] for row in summary["models"]}
-    slopes = [row for row in summary["slopes"] if row["label"] in kind_of]
-    if not slopes:
+    if not summary["slopes"]:
         return ""
-    lines, undecided, last_steps = [], [], {}
-    for row in slopes:
-        slope, low, high = (100 * value for value in (row["slope"], *row["interval_95"]))
-        own = [size for size in summary["sizes"] if size["label"] == row["label"]]
-        before, last = own[-2:]
-        step = round(100 * (last["test_accuracy"] - before["test_accuracy"]), 1) + 0.0  # no "-0.0"
-        last_steps[row["label"]] = step
-        lines.append((row["label"], f"{slope:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{step:+.1f}"))
-        if low <= 0:
-            undecided.append(row["label"])
-    counts = [f"{row['photos_per_class']:.0f}" for row in own]
-    worth = []
-    for kind, networks in (("scratch", "from scratch"), ("finetune", "that are fine-tuned")):
-        points = [100 * row["slope"] for row in slopes if kind_of[row["label"]] == kind]
-        steps = [last_steps[row["label"]] for row in slopes if kind_of[row["label"]] == kind]
-        if points:
-            worth.append(
-                f"{min(points):+.1f} to {max(points):+.1f} points to networks {networks} (the last "
-                f"step, from {counts[-2]} to {counts[-1]}: {min(steps):+.1f} to {max(steps):+.1f})"
-            )
-    finding = f"Twice as many photos are worth on average {listing(worth)}."
-    if undecided:
-        finding += f" Whether they help {listing(undecided)} is not decided."
-    less, more = (runs[size["runs"][0]]["data"]["counts"]["train"] for size in (before, last))
-    unchanged = sum(more[name] == less[name] for name in more)
+    of_label = plot.group(summary["sizes"], "label")
+    counts = sorted({round(row["photos_per_class"]) for row in summary["sizes"]})
+    lines, slopes = [], {"scratch": [], "finetune": []}
+    for line in summary["slopes"]:
+        rows, cells = of_label[line["label"],], dict.fromkeys(counts, "")
+        for row in rows:
+            cells[round(row["photos_per_class"])] = f"{row['test_accuracy']:.1%}"
+        slope, low, high = (
+            f"{100 * value:+.1f}" for value in (line["slope"], *line["interval_95"])
+        )
+        lines.append((line["label"], *cells.values(), slope, f"{low} to {high}"))
+        slopes[rows[0]["kind"]].append(100 * line["slope"])
+    worth = [
+        f"{min(points):+.1f} to {max(points):+.1f} points to networks {networks}"
+        for points, networks in (
+            (slopes["scratch"], "from scratch"),
+            (slopes["finetune"], "that are fine-tuned"),
+        )
+        if points
+    ]
+    rows = of_label[summary["slopes"][0]["label"],]
+    less, more = (runs[row["runs"][0]]["data"]["counts"]["train"] for row in rows[-2:])
+    unchanged, rarer = sum(more[name] == less[name] for name in more), ""
     if unchanged:
-        finding += f""" That last step adds no photo to {unchanged} of the {len(more)} classes,
-which have no more: it makes them rarer."""
-    head = "network", "points per doubling", "95% interval", "last step"
-    caption = "Points per doubling: of a straight line over the logarithm of the number of photos."
+        rarer = f"""The last step adds no photo to {unchanged} of the {len(more)} classes, which
+have no more: it makes them rarer."""
+    head = (
+        "network",
+        *(f"{count} photos" for count in counts),
+        "points per doubling",
+        "95% interval",
+    )
+    caption = (
+        "Test accuracy by photos a class (mean over classes), and its slope, of a straight line "
+    )
+    caption += "over the logarithm of the number of photos."
     return f"""## How many photos does it take?
 
-{finding} {catch_up(summary, best)} Measured with {listing(counts)} photos a class, the mean over
-classes, and one seed. The intervals hold for other test photos, not for other seeds. What lies
-beyond these numbers was not measured.
+Twice as many photos, and with them twice as many steps in as many epochs, are worth on average
+{listing(worth)}. {catch_up(summary, best)} {rarer} Measured with one seed; the intervals hold for
+other test photos, not for other seeds. What lies beyond these numbers was not measured.
 
 {table(head, lines, caption)}
 
@@ -765,7 +730,7 @@ def by_class(best, runs, output):
 
 def conclusion(summary, runs, best, output):
     """All chosen models, and what the runs of the study have cost."""
-    title, duel, tests = "All chosen models", "", ""
+    title, duel = "All chosen models", ""
     if len(best) == 2:
         title, one, other = "From scratch against fine-tuned", best["finetune"], best["scratch"]
         one_run, other_run = runs[one["runs"][0]], runs[other["runs"][0]]
@@ -774,35 +739,20 @@ def conclusion(summary, runs, best, output):
 {one_run["config"]["image_size"]} px, {other["label"]} all of its {other["parameters"]:,} on photos
 of {other_run["config"]["image_size"]} px: they differ in more than in where they start."""
         duel = paragraph(describe_pair(summary, one["label"], other["label"]), costs)
-    kinds = {row["label"]: row["kind"] for row in summary["models"]}
-    within, across = [], []
-    for line in summary["comparisons"]:
-        pairs = within if kinds[line["a"]] == kinds[line["b"]] else across
-        pairs.append(line["different"])
-    if across:
-        tests += f"""Of {len(across)} pairs of a network from scratch and a fine-tuned one
-{sum(across)} differ beyond chance.
-"""
-    if within:
-        tests += f"""Of {len(within)} pairs of the same kind {sum(within)} differ, at a level of 5%,
-by which chance alone would give about {len(within) / 20:.0f}.
-"""
-    left_out = summary["left_out"]
-    if left_out:
-        tests += f"Left out, of no part in the study: {listing(left_out)}.\n"
     rows = sorted(summary["models"], key=lambda row: -row["validation_accuracy"])
     minutes = sum(run["seconds"] for run in runs.values()) / 60
     seeds = listing([str(n) for n in sorted({run["config"]["seed"] for run in runs.values()})])
-    if len(values_of(runs, "precision")) > 1 or len(values_of(runs, "device")) > 1:
-        tests += "Not all processors were of the same speed: their seconds do not compare.\n"
+    cost = f"""The seconds of all {len(runs)} runs, shared features counted in each, add up to
+{minutes:.0f} minutes; seeds {seeds}."""
+    if summary["left_out"]:
+        cost += f" Left out, of no part in the study: {listing(summary['left_out'])}."
     return f"""## {title}
 
 {duel}
 
-{results_table(rows, "All chosen models.", cost=True)}
+{results_table(rows, "All chosen models.")}
 
-{tests}The seconds of all {len(runs)} runs, shared features counted in each, add up to
-{minutes:.0f} minutes; seeds {seeds}.
+{cost}
 
 ![All chosen models, with 95% intervals.](<figures/overview.png>)
 

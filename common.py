@@ -65,7 +65,8 @@ def run_name(text):
     """An argparse type: the name of a run, which is one file name in the results folder."""
     if not re.fullmatch(r"\w[\w.+ -]{0,199}", text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no name of a run: letters, digits and . + - _ only, at most 200"
+            f"{text!r} is no name of a run: a letter or digit, then letters, digits, spaces and "
+            ". + - _, at most 200"
         )
     return text
 
@@ -125,19 +126,18 @@ def lock(path, wait=False):
     With `wait` it waits for the other to end. The system frees a lock when its process ends,
     however it ends. Exits with one line if the folder cannot be written.
     """
-    path = Path(path)
+    path, mine = Path(path), True
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")  # noqa: SIM115, closed below
-    except OSError as error:
-        raise SystemExit(f"{path.parent}: cannot be written ({error.strerror}).") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True  # the file stays: who deletes it may delete the lock of another process
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        mine = False
+    except OSError as error:  # some network file systems know no locks
+        text = f"{path.parent}: cannot be written or locked ({error.strerror})"
+        raise SystemExit(f"{text}. Choose another folder.") from None
+    with file:  # it stays: who deletes it may delete the lock of another process
+        yield mine
 
 
 def checksum(value):
@@ -204,12 +204,18 @@ def best_models(models):
 
 
 def show_uncaught(kind, error, traceback):
-    """What Python prints when a script ends by an exception: one line for Ctrl-C."""
+    """What Python prints when a script ends by an exception: one line where that says all."""
     if issubclass(kind, KeyboardInterrupt):
         if "STUDY_RUNS" not in os.environ:  # run_all.sh says it once for all that it started
             print("\ninterrupted. Start again to go on from the last stored epoch", file=sys.stderr)
     elif issubclass(kind, BrokenPipeError):  # who read our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    elif kind.__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        print(
+            "out of memory: choose a smaller --batch-size, --image-size or --feature-memory, or "
+            "fewer runs at a time (JOBS)",
+            file=sys.stderr,
+        )
     else:
         sys.__excepthook__(kind, error, traceback)
 

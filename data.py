@@ -320,7 +320,7 @@ class Progress:
         now = time.monotonic()
         if now - self.shown >= 10 and done:
             self.shown, left = now, (now - self.begin) * (self.total - done) / done
-            text = f"{self.title}: {done:,} of {self.total:,} photos decoded, {left:.0f} s left"
+            text = f"{self.title}: {done:,} of {self.total:,} photos, {left:.0f} s left"
             print(text, file=sys.stderr, flush=True)
 
 

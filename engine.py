@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import models
 
-# Flags that say where and how fast a run happens: they never make it a different one.
+# Flags in which two calls of the same run may differ: where and how fast it happens.
 PLACE_FLAGS = (
     "data",
     "output",
@@ -47,8 +47,8 @@ PLACE_FLAGS = (
     "checkpoint_seconds",
     "feature_memory",
 )
-# A run's name spells these out, or leaves them out; any other appears in it if not at default.
-NAMED_FLAGS = ("model", "backbone", "unfreeze_convolutions")
+# Flags that the prefix of a run's name spells out; others appear in it if not at their default.
+PREFIX_FLAGS = ("model", "backbone", "unfreeze_convolutions")
 # Flags that take several values, so their defaults are lists; each combination is a run. They are
 # also what the runs of one network's grid and its dropout variants differ in.
 PLURAL_FLAGS = ("seed", "batch_size", "dropout", "learning_rate")
@@ -85,14 +85,18 @@ class Photos(NamedTuple):
     description: dict
 
 
-def load_photos(arguments):
-    """Decode the training and validation photos, or find them decoded; return Photos."""
-    train, validation = (
-        data.load_split(arguments.data, split, arguments.image_size, arguments.cache)
-        for split in ("train", "validation")
-    )
+def load_photos(arguments, device):
+    """Decode the training and validation photos, or find them decoded; return Photos.
+
+    They go to the device here, once for all runs, if they fit.
+    """
+    splits = []
+    for name in ("train", "validation"):
+        split = data.load_split(arguments.data, name, arguments.image_size, arguments.cache)
+        splits.append(split._replace(images=data.on_device(split.images, device)))
+    train, validation = splits
     classes, files, ignored = data.list_photos(arguments.data)
-    counts = {split: Counter(file.split("/")[0] for file in files[split]) for split in files}
+    counts = {split: count_photos(files[split]) for split in files}
     unread = [f"{split}/{name}" for split in ignored for name in ignored[split]]
     if unread:
         print(f"{arguments.data}: not read, since no photos: {len(unread)}, such as {unread[0]}")
@@ -101,15 +105,17 @@ def load_photos(arguments):
     return Photos(train, validation, description)
 
 
+def count_photos(files):
+    """Number of photos of each class, a Counter; files: a list of "class/name.jpg"."""
+    return Counter(file.split("/")[0] for file in files)
+
+
 def photos_of_run(photos, run):
     """The Photos of a run: those of --train-photos, or all."""
     if not run.train_photos:
         return photos
     train = data.take_photos(photos.train, run.train_photos, run.seed)
-    counts = {
-        **photos.description["counts"],
-        "train": Counter(f.split("/")[0] for f in train.files),
-    }
+    counts = {**photos.description["counts"], "train": count_photos(train.files)}
     return photos._replace(train=train, description={**photos.description, "counts": counts})
 
 
@@ -156,10 +162,12 @@ def make_name(parser, run, prefix):
         name += f"-dropout{run.dropout:g}"
     name += f"-seed{run.seed}"
     for key, value in vars(run).items():
-        if key in PLACE_FLAGS + NAMED_FLAGS + PLURAL_FLAGS or value == parser.get_default(key):
+        if key in PLACE_FLAGS + PREFIX_FLAGS + PLURAL_FLAGS or value == parser.get_default(key):
             continue
         text = f"{value:g}" if isinstance(value, float) else re.sub(r"[^\w.]+", "_", str(value))
         name += f"-{key.replace('_', '')}{text}"
+    if len(name) > 200:
+        raise SystemExit(f"{name}: too long for the name of a file, give another with --name")
     return name
 
 
@@ -432,7 +440,6 @@ def build_optimizers(model, run):
     if inner:
         dtype = product_dtype(trained[0].device, run.precision)
         optimizers.append(Muon(inner, lr=rate, weight_decay=decay, dtype=dtype))
-    if run.optimizer == "muon":
         rate, decay = rate / 10, 0.01
     groups = [
         {"params": matrices, "weight_decay": decay},
@@ -589,12 +596,15 @@ def fit(model, train_loader, validation_loader, run, photos):
     The best epoch has the highest validation accuracy, the lower loss on ties. The loaders yield
     inputs that `model` takes: photos, or features of its frozen part.
     """
-    rank, count = data.processes()
-    if len(train_loader.labels) < 2 * len(train_loader) * count:
+    (rank, count), device = data.processes(), train_loader.device
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    trains_norms = any(norm.weight.requires_grad for norm in norms)
+    if trains_norms and len(train_loader.labels) < 2 * len(train_loader) * count:
         raise SystemExit("batch norm can't train on a batch of one photo: a larger --batch-size")
-    context, optimizers = autocast(train_loader.device, run.precision), build_optimizers(model, run)
+    context, optimizers = autocast(device, run.precision), build_optimizers(model, run)
     file = checkpoint_file(run.output, run.name).with_suffix(".unfinished")
-    belongs_to = [settings(vars(run)), photos.description["fingerprint"], str(torch.__version__)]
+    versions = [str(torch.__version__), str(product_dtype(device, run.precision))]
+    belongs_to = [settings(vars(run)), photos.description["fingerprint"], *versions]
     stored = of_first_process(read_state(file, belongs_to) if rank == 0 else None)
     history, best, best_state, seconds = [], None, None, 0.0
     if stored is not None:
@@ -604,7 +614,7 @@ def fit(model, train_loader, validation_loader, run, photos):
         for optimizer, state in zip(optimizers, stored["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         print(f"{run.name}: goes on after epoch {len(history)}")
-    network = over_processes(model, train_loader.device) if count > 1 else model
+    network = over_processes(model, device) if count > 1 else model
     written = time.perf_counter()
     for epoch in range(len(history), run.epochs):
         begin = time.perf_counter()
@@ -613,11 +623,6 @@ def fit(model, train_loader, validation_loader, run, photos):
                 network, train_loader, optimizers, epoch, run, context
             )
             loss, accuracy = validate(network, validation_loader, context)
-        except torch.OutOfMemoryError:
-            raise SystemExit(
-                f"{run.name}: out of memory on {train_loader.device}. Choose a smaller "
-                "--batch-size or --image-size, or fewer runs at a time (JOBS)."
-            ) from None
         except RuntimeError as error:
             # What the gradients' exchange raises when another process has ended; gloo has no type
             # of its own for it.
@@ -643,10 +648,8 @@ def fit(model, train_loader, validation_loader, run, photos):
                 "seconds": took,
             }
         )
-        if best is None or (accuracy, -loss) > (
-            best["validation_accuracy"],
-            -best["validation_loss"],
-        ):
+        top = max(history, key=lambda row: (row["validation_accuracy"], -row["validation_loss"]))
+        if top["epoch"] == epoch + 1:  # of equal ones max() takes the first
             best = {"epoch": epoch + 1, "validation_accuracy": accuracy, "validation_loss": loss}
             best_state = {
                 key: tensor.detach().to("cpu", copy=True)
@@ -727,7 +730,7 @@ def read_state(path, belongs_to):
         return None
     state = torch.load(io.BytesIO(written), map_location="cpu", weights_only=True)
     if state["belongs_to"] != belongs_to:
-        print(f"{path} is of other settings, photos or torch and not used: the run begins again")
+        print(f"{path} is of other settings, photos, precision or torch, not used: begun again")
         return None
     return state
 

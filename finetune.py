@@ -9,7 +9,6 @@ output is kept in memory, for all runs that share it, and the rest is trained on
 engine.py. What is written and read is as with train_scratch.py.
 """
 
-import copy
 import time
 
 from common import Parser, add_place_flags, number
@@ -124,7 +123,7 @@ def main(argv=None):
     parser = build_parser()
     arguments = parser.parse_args(argv)
     device = engine.set_up(arguments)
-    photos = engine.load_photos(arguments)
+    photos = engine.load_photos(arguments, device)
     if arguments.best_of_grid:
         arguments = engine.take_best_of_grid(parser, arguments, photos)
     count = arguments.unfreeze_convolutions
@@ -162,17 +161,12 @@ def main(argv=None):
                 train_features, validation_features = None, None  # frees their memory
                 begin = time.perf_counter()
                 # In batches of one size: runs that share features may have others.
-                source = copy.copy(train_loader)
-                source.batch_size = engine.EVALUATION_BATCH
-                try:
-                    train_features = compute_features(frozen, source, views, context)
-                    validation_features = compute_features(frozen, validation_loader, 1, context)
-                    engine.synchronise(device)
-                except torch.OutOfMemoryError:
-                    raise SystemExit(
-                        f"{run.name}: out of memory on {device}. Choose a smaller "
-                        "--feature-memory or --image-size, or fewer runs at a time (JOBS)."
-                    ) from None
+                source = data.Loader(
+                    of_run.train, engine.EVALUATION_BATCH, device, augmentation, run.seed
+                )
+                train_features = compute_features(frozen, source, views, context)
+                validation_features = compute_features(frozen, validation_loader, 1, context)
+                engine.synchronise(device)
                 feature_seconds, seed_of_features = time.perf_counter() - begin, run.seed
             train_loader = FeatureLoader(train_loader, train_features)
             validation_loader = FeatureLoader(validation_loader, validation_features)

@@ -44,7 +44,7 @@ def main(argv=None):
     parser = build_parser()
     arguments = parser.parse_args(argv)
     device = engine.set_up(arguments)
-    photos = engine.load_photos(arguments)
+    photos = engine.load_photos(arguments, device)
     if arguments.best_of_grid:
         arguments = engine.take_best_of_grid(parser, arguments, photos)
     for run in engine.unfinished_runs(parser, arguments, arguments.model, photos):

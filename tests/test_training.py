@@ -255,16 +255,18 @@ def test_nothing_finished_is_overwritten(photos):
     assert len(common.read_runs("results")["mine"]["history"]) == 1
 
 
-def test_a_gpu_without_memory_is_one_line_that_says_what_helps(photos, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB ...")
+def test_a_gpu_without_memory_is_one_line_that_says_what_helps(capsys):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB ...")
+    sys.excepthook(type(error), error, None)
+    message = capsys.readouterr().err
+    assert message.startswith("out of memory: choose a smaller --batch-size")
+    assert message.count("\n") == 1
 
-    monkeypatch.setattr(engine, "train_one_epoch", full)
-    with pytest.raises(SystemExit, match="out of memory on cpu. Choose a smaller --batch-size"):
-        train(photos)
-    monkeypatch.setattr(finetune, "compute_features", full)
-    with pytest.raises(SystemExit, match="out of memory on cpu. Choose a smaller --feature-memory"):
-        finetune.main(["--data", str(photos), *FINETUNE])
+
+def test_the_last_layer_alone_trains_on_single_photos(photos):
+    finetune.main(["--data", str(photos), *FINETUNE, "--batch-size", "1", "--epochs", "1"])
+    [run] = common.read_runs("results").values()
+    assert run["config"]["batch_size"] == 1 and "failed" not in run
 
 
 def test_deterministic_training_runs(photos):
@@ -331,6 +333,17 @@ def test_an_interrupted_fine_tuning_goes_on_with_less_memory(photos, monkeypatch
     interrupted(monkeypatch, finetune.main, flags, 1)
     finetune.main([*flags, "--feature-memory", "0"])
     assert "goes on after epoch 1" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_only_in_the_precision_it_began_in(photos, monkeypatch, capsys):
+    flags = ["--data", str(photos), *TINY, "--precision", "auto", "--name", "cut"]
+    flags += ["--checkpoint-seconds", "0"]
+    monkeypatch.setattr(engine, "product_dtype", lambda *_: torch.float32)
+    interrupted(monkeypatch, train_scratch.main, flags, 1)
+    monkeypatch.setattr(engine, "product_dtype", lambda *_: torch.bfloat16)  # another machine
+    interrupted(monkeypatch, train_scratch.main, flags, 0)
+    printed = capsys.readouterr().out
+    assert "of other settings" in printed and "goes on after" not in printed
 
 
 def test_a_state_that_does_not_belong_or_is_damaged_is_not_used(photos, monkeypatch, capsys):

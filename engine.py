@@ -424,7 +424,8 @@ def build_optimizers(model, run):
     """Optimizers for what is not frozen. Biases and batch norm are not decayed.
 
     With Muon it takes the matrices and kernels, at the learning rate; AdamW takes the rest, the
-    last layer and a convolution of the three colours, at a tenth of it.
+    last layer and a convolution of the three colours, at a tenth of it. Where nothing is left for
+    Muon, AdamW takes all at the learning rate.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     last = [parameter for parameter in trained if parameter.ndim > 1][-1]  # registered last

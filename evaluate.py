@@ -452,9 +452,9 @@ def read_evaluation(output, name, split="test"):
     return evaluation if evaluation.get("format") == METRICS_FORMAT else None
 
 
-def right_photos(output, name, split="test"):
-    """Whether a run classified each photo of a split right: file -> bool."""
-    predictions = read_evaluation(output, name, split)["predictions"]
+def right_photos(evaluation):
+    """Whether each photo of an evaluation was classified right: file -> bool."""
+    predictions = evaluation["predictions"]
     return {photo["file"]: photo["label"] == photo["predicted"] for photo in predictions}
 
 
@@ -468,9 +468,11 @@ def compare(rows, output):
     """Paired comparisons of all rows measured on the same test photos, on the seeds they share."""
     comparisons = []
     measured = [row for row in rows if row["test_accuracy"] is not None]
-    names = [name for row in measured for name in row["runs"]]
-    right = {name: right_photos(output, name) for name in names}
-    photos = {name: read_evaluation(output, name)["photos"] for name in names}
+    right, photos = {}, {}
+    for row in measured:
+        for name in row["runs"]:
+            evaluation = read_evaluation(output, name)
+            right[name], photos[name] = right_photos(evaluation), evaluation["photos"]
     for a, b in itertools.combinations(measured, 2):
         seeds = [seed for seed in a["seeds"] if seed in b["seeds"]]
         pair = [row["runs"][row["seeds"].index(seed)] for row in (a, b) for seed in seeds]
@@ -538,11 +540,12 @@ def add_sizes(summary, runs, study, output):
                 rows.append({"photos_per_class": photos, **model_row([run], [seed], output)})
         rows.sort(key=lambda row: row["photos_per_class"])
         summary["sizes"] += rows
-        names = [row["runs"][0] for row in rows if row["test_accuracy"] is not None]
-        test_photos = {read_evaluation(output, name)["photos"] for name in names}
-        if len(names) == len(rows) > 1 and len(test_photos) == 1:
+        measured = [row for row in rows if row["test_accuracy"] is not None]
+        evaluations = [read_evaluation(output, row["runs"][0]) for row in measured]
+        test_photos = {evaluation["photos"] for evaluation in evaluations}
+        if len(measured) == len(rows) > 1 and len(test_photos) == 1:
             photos = np.array([row["photos_per_class"] for row in rows])
-            right = stack_photos([right_photos(output, name) for name in names])
+            right = stack_photos([right_photos(evaluation) for evaluation in evaluations])
             summary["slopes"].append({"label": label, **slope_per_doubling(photos, right)})
 
 

@@ -66,14 +66,14 @@ def compare(names, photos, splits, output):
     """Print and return a dict for each recipe; names: recipe -> names of its runs, by seed."""
     rows, first = [], None
     for recipe, trained in names.items():
-        tables = [
-            {
-                f"{split}/{file}": right
-                for split in splits
-                for file, right in evaluate.right_photos(output, name, split).items()
-            }
-            for name in trained
-        ]
+        tables = []
+        for name in trained:
+            table = {}
+            for split in splits:
+                evaluation = evaluate.read_evaluation(output, name, split)
+                for file, right in evaluate.right_photos(evaluation).items():
+                    table[f"{split}/{file}"] = right
+            tables.append(table)
         right = evaluate.stack_photos(tables)  # bool [seeds, photos]
         first = right if first is None else first
         difference, accuracy = evaluate.paired_difference(right, first), float(right.mean())

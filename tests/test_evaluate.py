@@ -196,7 +196,10 @@ def test_models_are_compared_on_the_seeds_that_both_have(photos):
     summary = choose(photos)
     plain, residual = (
         evaluate.stack_photos(
-            [evaluate.right_photos("results", name) for name in row["runs"][-2:]]
+            [
+                evaluate.right_photos(evaluate.read_evaluation("results", name))
+                for name in row["runs"][-2:]
+            ]
         ).mean()
         for row in summary["models"]
     )

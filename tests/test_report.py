@@ -131,6 +131,13 @@ def test_what_has_nothing_to_say_is_not_said_and_failures_are(study):
         assert absent not in text
 
 
+def test_a_grid_of_which_no_run_has_ended_is_said(study):
+    for line in study[1]["grid"]:
+        if line["model"] == "plain":
+            line["validation_accuracy"] = None
+    assert "No run of the grid of the plain network has come to its end." in write(study)
+
+
 @pytest.mark.parametrize("count", [3, 150])
 def test_pages_have_room_for_a_long_table_and_a_tall_figure(tmp_path, count):
     Image.new("RGB", (100, 300)).save(tmp_path / "a b.png")

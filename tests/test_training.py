@@ -256,12 +256,22 @@ def test_nothing_finished_is_overwritten(photos):
     assert len(common.read_runs("results")["mine"]["history"]) == 1
 
 
-def test_a_gpu_without_memory_is_one_line_that_says_what_helps(capsys):
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB ...")
-    sys.excepthook(type(error), error, None)
-    message = capsys.readouterr().err
-    assert message.startswith("out of memory: choose a smaller --batch-size")
-    assert message.count("\n") == 1
+def test_a_gpu_without_memory_is_one_line_that_says_what_helps(photos, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB ...")
+
+    monkeypatch.setattr(engine, "train_one_epoch", full)
+    with pytest.raises(torch.OutOfMemoryError) as in_training:
+        train(photos)
+    monkeypatch.setattr(finetune, "compute_features", full)
+    with pytest.raises(torch.OutOfMemoryError) as in_features:
+        finetune.main(["--data", str(photos), *FINETUNE])
+    capsys.readouterr()
+    for raised in (in_training, in_features):  # what Python calls as a script ends
+        sys.excepthook(raised.type, raised.value, raised.tb)
+        message = capsys.readouterr().err
+        assert message.startswith("out of memory: choose a smaller --batch-size")
+        assert "--feature-memory" in message and message.count("\n") == 1
 
 
 def test_the_last_layer_alone_trains_on_single_photos(photos):

@@ -322,10 +322,10 @@ second block on, with zeros for the channels that are new:
 Each run sees every photo {config["epochs"]} times and keeps the epoch that is best on validation.
 The loss is cross-entropy with label smoothing {config["label_smoothing"]:g}. The optimizer is
 {optimizer}. Weight decay is {config["weight_decay"]:g}. The learning rate rises over
-{config["warmup_epochs"]:g} epochs, then {end}. Each photo
-of a batch gets its own crop (at least {config["crop_scale"]:.0%} of the area), flip, rotation (up
-to {config["rotation"]:g} degrees) and colours. {config["cutmix"]:.0%} of the batches are mixed by
-CutMix: a square of each photo, of random size, is replaced by that of another one. Training
+{config["warmup_epochs"]:g} epochs, then {end}. Each photo of a batch gets its own crop (at least
+{config["crop_scale"]:.0%} of the area), flip, rotation (up to {config["rotation"]:g} degrees) and
+colours. {config["cutmix"]:.0%} of the batches are mixed by CutMix: a square of each photo, of
+random size, is replaced by that of another one. Training
 accuracy is counted on these photos, and a mixed one has but one right answer there: even a network
 that knows all photos by heart would hardly get beyond {by_heart:.0%}. Training loss
 has label smoothing and mixed photos in it, validation loss has neither, so compare the course of
@@ -343,6 +343,8 @@ def grid_of(model, chosen, summary, runs):
     lines = [line for line in summary["grid"] if line["model"] == model]
     rates = {line["learning_rate"] for line in lines}
     finished = [line for line in lines if line["validation_accuracy"] is not None]
+    if not finished:
+        return f"No run of the grid of the {model} network has come to its end."
     accuracies = [line["validation_accuracy"] for line in finished]
     low, high = f"{min(accuracies):.1%}", f"{max(accuracies):.1%}"
     reached = low if low == high else f"{low} to {high}"
@@ -663,16 +665,10 @@ def sizes(summary, runs, best):
     if unchanged:
         rarer = f"""The last step adds no photo to {unchanged} of the {len(more)} classes, which
 have no more: it makes them rarer."""
-    head = (
-        "network",
-        *(f"{count} photos" for count in counts),
-        "points per doubling",
-        "95% interval",
-    )
-    caption = (
-        "Test accuracy by photos a class (mean over classes), and its slope, of a straight line "
-    )
-    caption += "over the logarithm of the number of photos."
+    columns = [f"{count} photos" for count in counts]
+    head = "network", *columns, "points per doubling", "95% interval"
+    caption = """Test accuracy by photos a class (mean over classes), and its slope, of a straight
+line over the logarithm of the number of photos."""
     return f"""## How many photos does it take?
 
 Twice as many photos, and with them twice as many steps in as many epochs, are worth on average

@@ -236,7 +236,7 @@ def draw_dots(path, title, rows):
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 1])
     axes.set(xlim=(left, right + 0.06 * (right - left)), ylim=(len(rows) - 0.4, -0.6))
     axes.set_xlabel("accuracy (bars: 95% intervals over test photos)")
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.grid(axis="y", visible=False)
     save(figure, path, title, VALIDATION, TEST)

@@ -423,9 +423,9 @@ def orthogonalise(matrix, dtype):
 def build_optimizers(model, run):
     """Optimizers for what is not frozen. Biases and batch norm are not decayed.
 
-    With Muon it takes the matrices and kernels, at the learning rate; AdamW takes the rest, the
-    last layer and a convolution of the three colours, at a tenth of it. Where nothing is left for
-    Muon, AdamW takes all at the learning rate.
+    With Muon it takes the matrices and kernels but the last layer, at the learning rate; AdamW
+    takes the rest at a tenth of it. Where nothing is left for Muon, AdamW takes all at the learning
+    rate.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     last = [parameter for parameter in trained if parameter.ndim > 1][-1]  # registered last
@@ -433,7 +433,7 @@ def build_optimizers(model, run):
     for parameter in trained:
         if parameter.ndim <= 1:
             vectors.append(parameter)
-        elif run.optimizer == "muon" and parameter is not last and parameter.shape[1] != 3:
+        elif run.optimizer == "muon" and parameter is not last:
             inner.append(parameter)
         else:
             matrices.append(parameter)
@@ -496,33 +496,73 @@ def cutmix(images, square):
     return torch.where(inside, images.roll(1, 0), images), 1 - inside.float().mean()
 
 
-def train_step(model, optimizers, inputs, labels, square, factor, weight, run, context):
+def logit_shift(photos, strength):
+    """What is added to the logits in the training loss, float [classes]; `strength` 0 is nothing.
+
+    The logarithm of how much larger a class's share is among the training than among the validation
+    photos: without it a network expects rare classes to be as rare as in training. Zero where the
+    shares are the same. Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
+    """
+    shares = []
+    for split in (photos.train, photos.validation):
+        counts = torch.bincount(split.labels, minlength=len(split.classes))
+        shares.append(counts / counts.sum())
+    return strength * (shares[0] / shares[1]).log()
+
+
+@torch.no_grad()
+def climb(parameters, radius):
+    """Move the parameters, in place, to where the loss is highest within `radius`; return the move.
+
+    To first order, by their gradients. Foret et al., "Sharpness-aware minimization", ICLR 2021.
+    """
+    gradients = [parameter.grad for parameter in parameters]
+    scale = radius / (nn.utils.get_total_norm(gradients) + 1e-12)
+    moves = torch._foreach_mul(gradients, scale)
+    torch._foreach_add_(parameters, moves)
+    return moves
+
+
+def train_step(
+    model, optimizers, inputs, labels, square, shift, factor, weight, radius, run, context
+):
     """One step -> loss, float [], and number of right answers, int64 [], both on the device.
 
-    inputs: float [B, ...], labels: int64 [B], square: int64 [4] of CutMix or None, factor: float []
-    that the learning rates are multiplied by, weight: of the loss, a number, 1 in a single process.
-    These four tensors are on the device and nothing is read from them here, so that no step waits
-    for one before it, and the step could be captured in a CUDA graph.
+    inputs: float [B, ...], labels: int64 [B], square: int64 [4] of CutMix or None, shift: float
+    [classes], see logit_shift(), factor: float [] that the learning rates are multiplied by. These
+    five tensors are on the device and nothing is read from them here, so that no step waits for one
+    before it, and the step could be captured in a CUDA graph. weight: of the loss, a number, 1 in a
+    single process. radius: of climb(), a number, 0 for none.
     """
     for group in parameter_groups(optimizers):
         group["lr"] = group["highest_lr"] * factor
-    if square is not None:
-        inputs, share = cutmix(inputs, square)
-    with context:
-        logits = model(inputs)
-    logits = logits.float()
-    targets = F.one_hot(labels, logits.shape[1]).to(logits)
+    targets = F.one_hot(labels, len(shift)).to(shift)
     if square is not None:  # share of this label, the rest of the one that was pasted
+        inputs, share = cutmix(inputs, square)
         targets = torch.lerp(targets.roll(1, 0), targets, share)
-    loss = F.cross_entropy(logits, targets, label_smoothing=run.label_smoothing)
-    model.zero_grad()
-    (loss * weight).backward()
+
+    def compute_gradients():
+        with context:
+            logits = model(inputs)
+        logits = logits.float()
+        loss = F.cross_entropy(logits + shift, targets, label_smoothing=run.label_smoothing)
+        model.zero_grad()
+        (loss * weight).backward()
+        return loss.detach(), logits.detach()
+
+    loss, logits = compute_gradients()
+    if radius:  # gradients of where the loss is highest, for a step from where we are
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        moves = climb(trained, radius)
+        compute_gradients()
+        with torch.no_grad():
+            torch._foreach_sub_(trained, moves)
     for optimizer in optimizers:
         optimizer.step()
-    return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+    return loss, (logits.argmax(1) == labels).sum()
 
 
-def train_one_epoch(model, loader, optimizers, epoch, run, context):
+def train_one_epoch(model, loader, optimizers, epoch, shift, run, context):
     """Train on every photo once; return mean loss and accuracy as the network saw them, floats.
 
     Sums stay on the device and are read once, at the end.
@@ -541,6 +581,7 @@ def train_one_epoch(model, loader, optimizers, epoch, run, context):
         now = epoch + (step + 1) / (len(loader) + 1)
         factors.append(learning_rate_factor(now, run.epochs, run.warmup_epochs, run.schedule))
     factors = torch.tensor(factors, device=loader.device)
+    radius = run.sam_radius if epoch >= run.epochs * (1 - run.sam_share) else 0
     sizes = [len(batch) for batch in loader.labels.tensor_split(len(loader))]  # of all processes
     loader.set_epoch(epoch)
     model.train()
@@ -551,7 +592,7 @@ def train_one_epoch(model, loader, optimizers, epoch, run, context):
         # The mean over processes that DistributedDataParallel takes becomes that over photos.
         weight = len(labels) * count / size
         loss, right = train_step(
-            model, optimizers, inputs, labels, square, factor, weight, run, context
+            model, optimizers, inputs, labels, square, shift, factor, weight, radius, run, context
         )
         loss_sum += loss * len(labels)
         correct += right
@@ -603,6 +644,7 @@ def fit(model, train_loader, validation_loader, run, photos):
     if trains_norms and len(train_loader.labels) < 2 * len(train_loader) * count:
         raise SystemExit("batch norm can't train on a batch of one photo: a larger --batch-size")
     context, optimizers = autocast(device, run.precision), build_optimizers(model, run)
+    shift = logit_shift(photos, getattr(run, "logit_adjustment", 0)).to(device)
     file = checkpoint_file(run.output, run.name).with_suffix(".unfinished")
     versions = [str(torch.__version__), str(product_dtype(device, run.precision))]
     belongs_to = [settings(vars(run)), photos.description["fingerprint"], *versions]
@@ -621,7 +663,7 @@ def fit(model, train_loader, validation_loader, run, photos):
         begin = time.perf_counter()
         try:
             train_loss, train_accuracy = train_one_epoch(
-                network, train_loader, optimizers, epoch, run, context
+                network, train_loader, optimizers, epoch, shift, run, context
             )
             loss, accuracy = validate(network, validation_loader, context)
         except RuntimeError as error:

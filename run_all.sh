@@ -26,8 +26,8 @@ BATCH_SIZES=${BATCH_SIZES:-32 64}
 DROPOUTS=${DROPOUTS:-0.2 0.4}
 BACKBONES=${BACKBONES:-mobilenet_v2 mobilenet_v3_small shufflenet_v2_x1_0}
 WEIGHTS=${WEIGHTS:-IMAGENET1K_V1}               # of the backbones; none trains on random features
-FC_LEARNING_RATES=${FC_LEARNING_RATES:-0.001 0.003 0.01 0.03}
-LAST2_LEARNING_RATES=${LAST2_LEARNING_RATES:-0.0003 0.001 0.003} # they overfit sooner
+FC_LEARNING_RATES=${FC_LEARNING_RATES:-0.001 0.003 0.01 0.03 0.1}
+LAST2_LEARNING_RATES=${LAST2_LEARNING_RATES:-0.0003 0.001 0.003 0.01} # they overfit sooner
 SEEDS=${SEEDS:-0}                               # the first chooses, others repeat what was chosen
 TRAIN_PHOTOS=${TRAIN_PHOTOS:-}                   # a class, several: how many photos does it take?
 JOBS=${JOBS:-}                                  # commands at a time; one a processor, 4 on GPUs
@@ -82,37 +82,37 @@ transfer() {
     "--weights $(quote "$WEIGHTS") --backbone $*"
 }
 read -r FIRST_SEED OTHER_SEEDS <<< "$SEEDS"
-grid_commands() {  # the first seed's
-  # Part 2: the last layer alone, then with the last two convolutions; every learning rate.
+grid_commands() {  # the first seed's; the longest first, so that none is waited for at the end
   local seed="--seed $FIRST_SEED"
-  for backbone in $BACKBONES; do
-    transfer "$backbone --unfreeze-convolutions 0 --learning-rate $FC_LEARNING_RATES $seed"
-    transfer "$backbone --unfreeze-convolutions 2 --learning-rate $LAST2_LEARNING_RATES $seed"
-  done
   # Part 1: both networks x batch sizes x learning rates.
-  for model in $MODELS; do for batch in $BATCH_SIZES; do
-    scratch "$model --batch-size $batch --learning-rate $LEARNING_RATES $seed"
-  done; done
+  for batch in $BATCH_SIZES; do for model in $MODELS; do for rate in $LEARNING_RATES; do
+    scratch "$model --batch-size $batch --learning-rate $rate $seed"
+  done; done; done
+  # Part 2: the last layer with the last two convolutions, then alone; every learning rate.
+  for backbone in $BACKBONES; do
+    transfer "$backbone --unfreeze-convolutions 2 --learning-rate $LAST2_LEARNING_RATES $seed"
+    transfer "$backbone --unfreeze-convolutions 0 --learning-rate $FC_LEARNING_RATES $seed"
+  done
 }
 chosen_commands() {  # on the best of each network, which the finished grid tells
-  local photos
+  for model in $MODELS; do
+    for seed in $SEEDS; do for dropout in $DROPOUTS; do
+      scratch "$model --best-of-grid --dropout $dropout --seed $seed"
+    done; done
+    for seed in $OTHER_SEEDS; do scratch "$model --best-of-grid --seed $seed"; done
+  done
+  for backbone in $BACKBONES; do for count in 2 0; do for seed in $OTHER_SEEDS; do
+    transfer "$backbone --best-of-grid --unfreeze-convolutions $count --seed $seed"
+  done; done; done
   for photos in $TRAIN_PHOTOS; do
     for model in $MODELS; do
       scratch "$model --best-of-grid --train-photos $photos --seed $FIRST_SEED"
     done
-    for backbone in $BACKBONES; do for count in 0 2; do
+    for backbone in $BACKBONES; do for count in 2 0; do
       transfer "$backbone --best-of-grid --unfreeze-convolutions $count" \
         "--train-photos $photos --seed $FIRST_SEED"
     done; done
   done
-  for model in $MODELS; do
-    scratch "$model --best-of-grid --dropout $DROPOUTS --seed $SEEDS"
-  done
-  [[ $OTHER_SEEDS ]] || return 0
-  for backbone in $BACKBONES; do for count in 0 2; do
-    transfer "$backbone --best-of-grid --unfreeze-convolutions $count --seed $OTHER_SEEDS"
-  done; done
-  for model in $MODELS; do scratch "$model --best-of-grid --seed $OTHER_SEEDS"; done
 }
 
 lacks() {  # a package of requirements.txt, or one that is new enough

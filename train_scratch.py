@@ -37,6 +37,9 @@ def build_parser():
     flag("--jitter", type=share, default=0.3, help="largest change of colours, as a fraction")
     flag("--flip", type=share, default=0.5, help="probability of a mirrored photo")
     flag("--cutmix", type=share, default=0.5, help="probability that a batch is mixed by CutMix")
+    flag("--sam-share", type=share, default=0.4, help="of the epochs, the last, trained by SAM")
+    flag("--sam-radius", type=number(float, 0), default=0.1, help="of SAM, how far it looks")
+    flag("--logit-adjustment", type=number(float, 0), default=1.0, help="for rare classes; 0 none")
     return parser
 
 

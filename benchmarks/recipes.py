@@ -27,7 +27,7 @@ import train_scratch
 
 PUBLISHED = """--optimizer adamw --weight-decay 0 --learning-rate 0.0001 --warmup-epochs 0
 --schedule constant --batch-size 32 --dropout 0.5 --label-smoothing 0 --cutmix 0 --crop-scale 1
---jitter 0 --rotation 20 --flip 0.5"""
+--jitter 0 --rotation 20 --flip 0.5 --sam-share 0 --logit-adjustment 0"""
 
 
 class PublishedCNN(models.PlainCNN):

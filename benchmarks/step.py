@@ -40,14 +40,14 @@ def build_step(flags, device):
     theta, color = loader.draw_view(0)
     index = loader.shares(loader.order().to(device))[0]
     [square] = engine.draw_squares(1, 1.0, run.image_size, device)
-    factor = torch.ones((), device=device)
+    factor, shift = torch.ones((), device=device), torch.zeros(len(split.classes), device=device)
     optimizers = engine.build_optimizers(model, run)
     context = engine.autocast(device, run.precision)
 
     def step():
         inputs = data.augment(images[index], theta[index], color[index])
         engine.train_step(
-            model, optimizers, inputs, labels[index], square, factor, 1.0, run, context
+            model, optimizers, inputs, labels[index], square, shift, factor, 1.0, 0, run, context
         )
 
     for group in optimizers[-1].param_groups:  # AdamW refuses capture without

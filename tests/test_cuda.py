@@ -32,6 +32,9 @@ RUN = Namespace(
     label_smoothing=0.1,
     precision="auto",
     cutmix=1.0,
+    sam_share=1.0,
+    sam_radius=0.1,
+    logit_adjustment=1.0,
     image_size=32,
     checkpoint_seconds=30.0,
 )

@@ -93,7 +93,7 @@ def test_the_demo_goes_through_every_stage_and_the_notebook_shows_it(clone):
 def test_list_prints_commands_that_can_be_run_alone(clone):
     result = run_all(clone, "--list", SEEDS="0 1", DATA="my photos", OUT="it's")
     lines = result.stdout.splitlines()
-    assert len(lines) == 6 + 4 + 2 + 6 + 2 and not (clone / "results").exists()
+    assert len(lines) == 12 + 6 + 10 + 6 and not (clone / "results").exists()
     for words in map(shlex.split, lines):
         assert words[:1] == ["python"] and words[1] in ("train_scratch.py", "finetune.py")
         assert words[words.index("--data") + 1] == "my photos"

@@ -1,9 +1,11 @@
 """The loop learns, records what it did, and never repeats or loses finished work."""
 
+import contextlib
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import common
@@ -191,6 +193,53 @@ def test_muon_updates_are_nearly_orthogonal():
         update = weight.detach().flatten(1)
         values = torch.linalg.svdvals(update) / max(1, update.shape[0] / update.shape[1]) ** 0.5
         assert values.min() > 0.5 and values.max() < 1.4
+
+
+@pytest.mark.parametrize("radius", [0, 0.5])
+def test_a_step_takes_the_gradient_where_the_shifted_loss_is_highest_within_the_radius(radius):
+    torch.manual_seed(0)
+    model, inputs, labels = torch.nn.Linear(4, 3), torch.randn(8, 4), torch.arange(8) % 3
+    shift, run = torch.tensor([0.0, 1.0, -1.0]), Namespace(label_smoothing=0.1)
+
+    def loss(weight, bias):
+        logits = inputs @ weight.T + bias + shift
+        return torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+
+    start = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
+    here = torch.autograd.grad(loss(*start), start)
+    norm = sum(gradient.square().sum() for gradient in here).sqrt()
+    moved = [w + radius * g / norm for w, g in zip(start, here, strict=True)]
+    there = torch.autograd.grad(loss(*moved), moved)
+    optimizer = torch.optim.SGD([{"params": model.parameters(), "highest_lr": 0.2}], lr=1.0)
+    one, context = torch.ones(()), contextlib.nullcontext()
+    told, _ = engine.train_step(
+        model, [optimizer], inputs, labels, None, shift, one, 1.0, radius, run, context
+    )
+    torch.testing.assert_close(told, loss(*start).detach())
+    for weight, before, gradient in zip(model.parameters(), start, there, strict=True):
+        torch.testing.assert_close(weight.detach(), (before - 0.2 * gradient).detach())
+
+
+def test_sam_is_of_the_last_epochs(photos):
+    runs = train(photos, "--sam-share", "0", "--name", "none")
+    for share in ("0.4", "1"):
+        runs = train(photos, "--sam-share", share, "--name", share)
+    losses = {name: [row["train_loss"] for row in run["history"]] for name, run in runs.items()}
+    equal = [a == b for a, b in zip(losses["none"], losses["0.4"], strict=True)]
+    # The loss of an epoch is that before each step, so also of the first epoch with SAM it differs.
+    assert equal == [True, True, True, True, False, False]
+    assert losses["1"][0] != losses["none"][0]
+
+
+def test_rare_classes_are_expected_as_often_as_in_validation(photos):
+    splits = [data.load_split(photos, split, 32) for split in ("train", "validation")]
+    photos = engine.Photos(*splits, {})
+    assert engine.logit_shift(photos, 1.0).tolist() == [0.0, 0.0, 0.0]
+    twice = splits[0]._replace(labels=torch.tensor([0, 0, 1, 2]))
+    expected = torch.tensor([3 / 2, 3 / 4, 3 / 4]).log()
+    for strength in (0.5, 1.0):
+        shift = engine.logit_shift(photos._replace(train=twice), strength)
+        torch.testing.assert_close(shift, strength * expected)
 
 
 def test_the_learning_rate_rises_and_falls():

@@ -332,12 +332,12 @@ def processes():
 
 
 def on_device(images, device):
-    """Move uint8 images to the device if they take less than an eighth of its memory.
+    """Move uint8 images to the device if they take less than a sixteenth of its memory.
 
-    Otherwise they stay a map on disk and batches are gathered from it. An eighth, because several
+    Otherwise they stay a map on disk and batches are gathered from it. A sixteenth, because eight
     runs may share the device, and none knows what the others are about to take.
     """
-    fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[1] / 8
+    fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[1] / 16
     return images.to(device) if fits else images
 
 

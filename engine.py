@@ -510,11 +510,17 @@ def logit_shift(photos, strength):
     return strength * (shares[0] / shares[1]).log()
 
 
+def sam_epochs(run):
+    """How many of a run's epochs, the last ones, are trained by SAM; see climb()."""
+    return round(run.epochs * getattr(run, "sam_share", 0))  # fine-tuning has none
+
+
 @torch.no_grad()
 def climb(parameters, radius):
-    """Move the parameters, in place, to where the loss is highest within `radius`; return the move.
+    """Move the parameters, in place, to where the loss is highest within `radius`.
 
-    To first order, by their gradients. Foret et al., "Sharpness-aware minimization", ICLR 2021.
+    To first order, by their gradients; radius is the norm of all moves together. Returns the moves,
+    a list of tensors. Foret et al., "Sharpness-aware minimization" (SAM), ICLR 2021.
     """
     gradients = [parameter.grad for parameter in parameters]
     scale = radius / (nn.utils.get_total_norm(gradients) + 1e-12)
@@ -532,11 +538,13 @@ def train_step(
     [classes], see logit_shift(), factor: float [] that the learning rates are multiplied by. These
     five tensors are on the device and nothing is read from them here, so that no step waits for one
     before it, and the step could be captured in a CUDA graph. weight: of the loss, a number, 1 in a
-    single process. radius: of climb(), a number, 0 for none.
+    single process. radius: of climb(), a number, 0 for none. With one there are two passes: the
+    loss and the answers returned are those of the first; the second draws its own dropout, and
+    batch norm's statistics take in both.
     """
     for group in parameter_groups(optimizers):
         group["lr"] = group["highest_lr"] * factor
-    targets = F.one_hot(labels, len(shift)).to(shift)
+    targets = F.one_hot(labels, len(shift)).float()
     if square is not None:  # share of this label, the rest of the one that was pasted
         inputs, share = cutmix(inputs, square)
         targets = torch.lerp(targets.roll(1, 0), targets, share)
@@ -551,7 +559,7 @@ def train_step(
         return loss.detach(), logits.detach()
 
     loss, logits = compute_gradients()
-    if radius:  # gradients of where the loss is highest, for a step from where we are
+    if radius:  # gradients of where the loss is highest, for a step from where we were
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         moves = climb(trained, radius)
         compute_gradients()
@@ -581,7 +589,7 @@ def train_one_epoch(model, loader, optimizers, epoch, shift, run, context):
         now = epoch + (step + 1) / (len(loader) + 1)
         factors.append(learning_rate_factor(now, run.epochs, run.warmup_epochs, run.schedule))
     factors = torch.tensor(factors, device=loader.device)
-    radius = run.sam_radius if epoch >= run.epochs * (1 - run.sam_share) else 0
+    radius = run.sam_radius if epoch >= run.epochs - sam_epochs(run) else 0
     sizes = [len(batch) for batch in loader.labels.tensor_split(len(loader))]  # of all processes
     loader.set_epoch(epoch)
     model.train()
@@ -731,11 +739,14 @@ def print_progress(run, history, photos):
     epoch, last, terminal = len(history), history[-1], sys.stdout.isatty()
     if not terminal and epoch % max(1, run.epochs // 10) and epoch != run.epochs:
         return
+    first, to_come = run.epochs - sam_epochs(run), run.epochs - epoch
+    if epoch <= first:  # those by SAM, still to come, have two passes
+        to_come = first - epoch + 2 * (run.epochs - first)
     text = (
         f"{run.name}  epoch {epoch}/{run.epochs}  train {last['train_loss']:.3f} "
         f"{last['train_accuracy']:.1%}  validation {last['validation_loss']:.3f} "
         f"{last['validation_accuracy']:.1%}  {photos / last['seconds']:,.0f} images/s  "
-        f"{last['seconds'] * (run.epochs - epoch):.0f} s left"
+        f"{last['seconds'] * to_come:.0f} s left"
     )
     print(text, end="\n" if not terminal or epoch == run.epochs else "\x1b[K\r", flush=True)
 

@@ -41,8 +41,6 @@ def build_parser():
     flag("--rotation", type=number(float, 0, 180), default=0.0, help="largest, degrees")
     flag("--jitter", type=share, default=0.1, help="largest change of colours, as a fraction")
     flag("--flip", type=share, default=0.5, help="probability of a mirrored photo")
-    flag("--sam-share", type=share, default=0.0, help="of the epochs, the last, trained by SAM")
-    flag("--sam-radius", type=number(float, 0), default=0.1, help="of SAM, how far it looks")
     flag("--views", type=number(int, 1), default=4, help="of each photo; the epochs take turns")
     flag(
         "--feature-memory",

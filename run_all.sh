@@ -30,7 +30,7 @@ FC_LEARNING_RATES=${FC_LEARNING_RATES:-0.001 0.003 0.01 0.03 0.1}
 LAST2_LEARNING_RATES=${LAST2_LEARNING_RATES:-0.0003 0.001 0.003 0.01} # they overfit sooner
 SEEDS=${SEEDS:-0}                               # the first chooses, others repeat what was chosen
 TRAIN_PHOTOS=${TRAIN_PHOTOS:-}                   # a class, several: how many photos does it take?
-JOBS=${JOBS:-}                                  # commands at a time; one a processor, 4 on GPUs
+JOBS=${JOBS:-}                                  # commands at a time; one a processor, up to 8 a GPU
 DEVICE=${DEVICE:-auto}                          # auto, cuda, mps or cpu
 export PYTHON=${PYTHON:-python3}
 
@@ -84,13 +84,16 @@ transfer() {
 read -r FIRST_SEED OTHER_SEEDS <<< "$SEEDS"
 grid_commands() {  # the first seed's; the longest first, so that none is waited for at the end
   local seed="--seed $FIRST_SEED"
+  # Part 2, the last layer with the last two convolutions; every learning rate.
+  for backbone in $BACKBONES; do
+    transfer "$backbone --unfreeze-convolutions 2 --learning-rate $LAST2_LEARNING_RATES $seed"
+  done
   # Part 1: both networks x batch sizes x learning rates.
   for batch in $BATCH_SIZES; do for model in $MODELS; do for rate in $LEARNING_RATES; do
     scratch "$model --batch-size $batch --learning-rate $rate $seed"
   done; done; done
-  # Part 2: the last layer with the last two convolutions, then alone; every learning rate.
+  # Part 2, the last layer alone.
   for backbone in $BACKBONES; do
-    transfer "$backbone --unfreeze-convolutions 2 --learning-rate $LAST2_LEARNING_RATES $seed"
     transfer "$backbone --unfreeze-convolutions 0 --learning-rate $FC_LEARNING_RATES $seed"
   done
 }
@@ -216,7 +219,11 @@ fi
 stage "training"  # JOBS commands at a time: one run alone fills neither a processor nor a GPU
 if [[ ! $JOBS ]]; then
   JOBS=$PROCESSORS
-  (( GPUS == 0 )) || JOBS=$(( GPUS > 4 ? GPUS : 4 ))
+  if (( GPUS > 0 )); then  # a step waits for its processor; memory is for 8 a GPU, see on_device
+    (( JOBS <= 8 * GPUS )) || JOBS=$(( 8 * GPUS ))
+    (( JOBS >= 4 )) || JOBS=4
+    (( JOBS >= GPUS )) || JOBS=$GPUS
+  fi
 fi
 STUDY_START=$(date +%s)
 FAILED=$(mktemp)

@@ -13,7 +13,8 @@ fail() { echo "gpu.sh: $*" >&2; exit 1; }
 [[ -d $DATA ]] || fail "no folder $DATA: set DATA to a folder of photos"
 "$PYTHON" -c 'import sys, engine; engine.pick_device(sys.argv[1])' "$DEVICE"
 folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
+sampler=
+trap '[[ ! $sampler ]] || kill "$sampler"; rm -rf "$folder"' EXIT
 limit() {  # seconds, command
   local seconds=$1
   shift
@@ -34,20 +35,17 @@ limit 100 "$PYTHON" benchmarks/step.py --data "$DATA" --cache "$folder/cache" --
   --models plain --batch-sizes 32 64 --seconds 2
 
 printf '\n## The whole study, from photos to report\n\n'
-echo "| JOBS | seconds | mean utilisation of the GPU | where the time went (start of each stage) |"
-echo "|---|---|---|---|"
-for jobs in 4 8; do  # all from nothing but the photos and the weights
-  utilisation > "$folder/utilisation" 2> /dev/null & sampler=$!
-  begin=$(date +%s)
-  OUT=$folder/study-$jobs CACHE=$folder/cache-$jobs JOBS=$jobs limit 125 bash run_all.sh > "$folder/study.log" 2>&1
-  seconds=$(($(date +%s) - begin))
-  kill "$sampler" 2> /dev/null || true
-  busy=$(awk '{ sum += $1 } END { if (NR) printf "%.0f%%", sum / NR; else print "not measured" }' \
-    "$folder/utilisation")
-  stages=$(sed -n 's/^== \(.*\) ==$/\1/p' "$folder/study.log" | paste -s -d ';')
-  grep -q 'cut off' "$folder/study.log" && seconds="more than $seconds"
-  echo "| $jobs | $seconds | $busy | $stages |"
-done
+utilisation > "$folder/utilisation" 2> /dev/null & sampler=$!
+begin=$(date +%s)  # from nothing but the photos and the weights
+OUT=$folder/study CACHE=$folder/study-cache limit 250 bash run_all.sh > "$folder/study.log" 2>&1
+seconds=$(($(date +%s) - begin))
+kill "$sampler" 2> /dev/null || true
+sampler=
+busy=$(awk '{ sum += $1 } END { if (NR) printf "%.0f%%", sum / NR; else print "not measured" }' \
+  "$folder/utilisation")
+echo "$seconds s, $(ls "$folder/study/runs" | wc -l) runs; mean utilisation of the GPU: $busy. Start of each stage:"
+echo
+{ grep '^==' "$folder/study.log"; tail -n 3 "$folder/study.log"; } | sed 's/^/    /'
 
 printf '\n## Against the usual loop\n\n```\n'
 limit 170 "$PYTHON" benchmarks/speed.py --data "$DATA" --device "$DEVICE" --rounds 1 \

@@ -157,14 +157,18 @@ def fastest_product(name):
 
 
 def operations(image_size, photos):
-    """Operations of the products in an epoch of the plain CNN: training and validation."""
+    """Operations of the products in an epoch of the plain CNN: training and validation.
+
+    Of an epoch in the mean: in some a step has two passes (SAM).
+    """
     forward = sum(
         2 * math.prod(layer["output"][1:]) * layer["parameters"]  # each weight once a pixel
         for layer in models.describe(models.PlainCNN(11), image_size)
         if layer["type"] in ("Conv2d", "Linear")
     )
+    passes = 1 + train_scratch.build_parser().get_default("sam_share")
     # Training also goes backward, to the inputs and to the weights.
-    return forward * (3 * photos["train"] + photos["validation"])
+    return forward * (3 * passes * photos["train"] + photos["validation"])
 
 
 def alone(function, *arguments):

@@ -3,9 +3,10 @@
     python benchmarks/step.py --data food11
     python benchmarks/step.py --data food11 --models plain --batch-sizes 32 --processes 1 2 4 8
 
-A step is what train_scratch.py does with a batch: gather, augment, CutMix, forward, backward, both
-optimizers. Captured, all of it is one CUDA graph, on GPUs only. Several processes start together,
-each with a network of its own, and share the device. Prints a table in Markdown.
+A step is what train_scratch.py does with a batch before SAM begins: gather, augment, CutMix,
+forward, backward, both optimizers. Captured, all of it is one CUDA graph, on GPUs only. Several
+processes start together, each with a network of its own, and share the device. Prints a table in
+Markdown.
 """
 
 import itertools

@@ -7,6 +7,7 @@ which are quoted with their source; the code is taken from the source. Two model
 different only where a paired test on the same photos says so.
 """
 
+import argparse
 import inspect
 import itertools
 import re
@@ -288,17 +289,30 @@ def architectures(run):
         text = table(head, [[layer[key] for key in head] for layer in layers], caption)
         names.setdefault(text, []).append(name)
     layers = "\n\n".join(f"The {listing(own)} network:\n\n{text}" for text, own in names.items())
-    shares = np.array(list(run["data"]["counts"]["train"].values()))
-    shares = shares / shares.sum()
+    counts = [list(run["data"]["counts"][split].values()) for split in ("train", "validation")]
+    shares, expected = (np.array(numbers) / sum(numbers) for numbers in counts)
     # Half of the mixed photos show more of the other one, which may be of the same class.
     by_heart = 1 - config["cutmix"] / 2 * (1 - (shares**2).sum())
     optimizer, end = config["optimizer"], "falls linearly to zero"
     if optimizer == "muon":
         optimizer = """Muon: each update of a matrix is made nearly orthogonal, so that all its
-directions are learned at the same pace; AdamW at a tenth of the rate takes what is no matrix, the
-first convolution and the last layer"""
+directions are learned at the same pace; AdamW at a tenth of the rate takes what is no matrix and
+the last layer"""
     if config["schedule"] == "constant":
         end = "stays"
+    flat, rare = "", ""
+    last = engine.sam_epochs(argparse.Namespace(**config))
+    if last and config["sam_radius"]:
+        flat = f"""In the last {last} epochs a step takes its gradients where the loss is highest
+within a radius of {config["sam_radius"]:g} (SAM: Foret et al., ICLR 2021; late in training: Zhou et
+al., ICLR 2025). So it prefers minima that are flat, in which other photos find a low loss too, and
+costs a second pass."""
+    strength = config.get("logit_adjustment", 0)  # none in runs of earlier versions
+    if strength and not np.allclose(shares, expected):
+        rare = f"""The loss expects each class as often as it is in validation, not as in training:
+{strength:g} times the logarithm of the ratio of its shares is added to its logit there (Menon et
+al., ICLR 2021)."""
+    counted = paragraph(flat, rare, "Training accuracy is counted on these distorted photos,")
     same = """The two networks have the same layers, as many weights and the same ones to begin
 with; only the skip sets them apart."""
     return f"""## Part 1: networks from scratch
@@ -325,11 +339,10 @@ The loss is cross-entropy with label smoothing {config["label_smoothing"]:g}. Th
 {config["warmup_epochs"]:g} epochs, then {end}. Each photo of a batch gets its own crop (at least
 {config["crop_scale"]:.0%} of the area), flip, rotation (up to {config["rotation"]:g} degrees) and
 colours. {config["cutmix"]:.0%} of the batches are mixed by CutMix: a square of each photo, of
-random size, is replaced by that of another one. Training
-accuracy is counted on these photos, and a mixed one has but one right answer there: even a network
-that knows all photos by heart would hardly get beyond {by_heart:.0%}. Training loss
-has label smoothing and mixed photos in it, validation loss has neither, so compare the course of
-the two, not their height.
+random size, is replaced by that of another one. {counted} and a mixed
+one has but one right answer there: even a network that knows all photos by heart would hardly get
+beyond {by_heart:.0%}. Training loss is of the distorted photos and has label smoothing in it,
+validation loss neither, so compare the course of the two, not their height.
 
 {code(engine.orthogonalise) if config["optimizer"] == "muon" else ""}
 

@@ -512,7 +512,9 @@ def logit_shift(photos, strength):
 
 def sam_epochs(run):
     """How many of a run's epochs, the last ones, are trained by SAM; see climb()."""
-    return round(run.epochs * getattr(run, "sam_share", 0))  # fine-tuning has none
+    if not getattr(run, "sam_radius", 0):  # fine-tuning has none
+        return 0
+    return round(run.epochs * run.sam_share)
 
 
 @torch.no_grad()

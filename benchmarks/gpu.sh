@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every table of benchmarks/README.md that needs a GPU, in at most nine minutes:
+# What only a GPU can tell: a step, the whole study, the usual loop, in at most nine minutes:
 #
 #   DATA=food11 bash benchmarks/gpu.sh | tee gpu.md
 #
@@ -14,7 +14,7 @@ fail() { echo "gpu.sh: $*" >&2; exit 1; }
 "$PYTHON" -c 'import sys, engine; engine.pick_device(sys.argv[1])' "$DEVICE"
 folder=$(mktemp -d)
 sampler=
-trap '[[ ! $sampler ]] || kill "$sampler"; rm -rf "$folder"' EXIT
+trap 'kill $sampler 2> /dev/null || true; rm -rf "$folder"' EXIT
 limit() {  # seconds, command
   local seconds=$1
   shift
@@ -39,13 +39,14 @@ utilisation > "$folder/utilisation" 2> /dev/null & sampler=$!
 begin=$(date +%s)  # from nothing but the photos and the weights
 OUT=$folder/study CACHE=$folder/study-cache limit 250 bash run_all.sh > "$folder/study.log" 2>&1
 seconds=$(($(date +%s) - begin))
-kill "$sampler" 2> /dev/null || true
+kill $sampler 2> /dev/null || true
 sampler=
 busy=$(awk '{ sum += $1 } END { if (NR) printf "%.0f%%", sum / NR; else print "not measured" }' \
   "$folder/utilisation")
-echo "$seconds s, $(ls "$folder/study/runs" | wc -l) runs; mean utilisation of the GPU: $busy. Start of each stage:"
+runs=$(find "$folder" -path '*/study/runs/*.json' | wc -l)
+echo "$seconds s, $runs runs; mean utilisation of the GPU: $busy. Start of each stage:"
 echo
-{ grep '^==' "$folder/study.log"; tail -n 3 "$folder/study.log"; } | sed 's/^/    /'
+{ sed -n '/^==/p' "$folder/study.log"; tail -n 3 "$folder/study.log"; } | sed 's/^/    /'
 
 printf '\n## Against the usual loop\n\n```\n'
 limit 170 "$PYTHON" benchmarks/speed.py --data "$DATA" --device "$DEVICE" --rounds 1 \

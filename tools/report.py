@@ -302,7 +302,7 @@ the last layer"""
         end = "stays"
     flat, rare = "", ""
     last = engine.sam_epochs(argparse.Namespace(**config))
-    if last and config["sam_radius"]:
+    if last:
         flat = f"""In the last {last} epochs a step takes its gradients where the loss is highest
 within a radius of {config["sam_radius"]:g} (SAM: Foret et al., ICLR 2021; late in training: Zhou et
 al., ICLR 2025). So it prefers minima that are flat, in which other photos find a low loss too, and

@@ -303,15 +303,16 @@ the last layer"""
     flat, rare = "", ""
     last = engine.sam_epochs(argparse.Namespace(**config))
     if last:
-        flat = f"""In the last {last} epochs a step takes its gradients where the loss is highest
-within a radius of {config["sam_radius"]:g} (SAM: Foret et al., ICLR 2021; late in training: Zhou et
-al., ICLR 2025). So it prefers minima that are flat, in which other photos find a low loss too, and
-costs a second pass."""
+        flat = f"""In {last} of the {config["epochs"]} epochs, the last, a step takes its gradients
+where the loss is highest within a radius of {config["sam_radius"]:g} (SAM: Foret et al., ICLR 2021;
+late in training: Zhou et al., ICLR 2025). So it prefers minima that are flat, in which other photos
+find a low loss too, and costs a second pass."""
     strength = config.get("logit_adjustment", 0)  # none in runs of earlier versions
     if strength and not np.allclose(shares, expected):
+        times = "" if strength == 1 else f"{strength:g} times "
         rare = f"""The loss expects each class as often as it is in validation, not as in training:
-{strength:g} times the logarithm of the ratio of its shares is added to its logit there (Menon et
-al., ICLR 2021)."""
+{times}the logarithm of the ratio of its shares is added to its logit there (Menon et al., ICLR
+2021)."""
     counted = paragraph(flat, rare, "Training accuracy is counted on these distorted photos,")
     same = """The two networks have the same layers, as many weights and the same ones to begin
 with; only the skip sets them apart."""

@@ -456,6 +456,12 @@ def parameter_groups(optimizers):
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
+def set_learning_rates(optimizers, factor):
+    """Every learning rate becomes `factor`, float [] on the device, times its highest value."""
+    for group in parameter_groups(optimizers):
+        group["lr"] = group["highest_lr"] * factor
+
+
 def learning_rate_factor(epoch, epochs, warmup, schedule):
     """Linear rise over `warmup` epochs, then linear fall to zero, or none; `epoch` is a float."""
     warmup = min(warmup, epochs / 2)
@@ -482,18 +488,20 @@ def draw_squares(steps, probability, image_size, device):
     return [square if mix else None for square, mix in zip(squares, mixed, strict=True)]
 
 
-def cutmix(images, square):
-    """Paste a square of each photo of the batch into the next one.
+def cutmix(images, targets, square):
+    """Paste a square of each photo of the batch into the next one, and mix their targets likewise.
 
-    images: float [B, C, H, W]; square: int64 [4], see draw_squares. Returns the images and the
-    share of their pixels that stayed, float []; the others are those of images.roll(1, 0). Yun et
-    al., ICCV 2019. One square per batch.
+    images: float [B, C, H, W]; targets: float [B, classes], probabilities; square: int64 [4], see
+    draw_squares, one for the batch. Returns both: image i with a square of image i - 1 (the first
+    with one of the last), target i with as large a share of target i - 1. Yun et al., ICCV 2019.
     """
     line = torch.arange(images.shape[-1], device=images.device)
     top, bottom, left, right = square
     rows, columns = (line >= top) & (line < bottom), (line >= left) & (line < right)
     inside = rows[:, None] & columns
-    return torch.where(inside, images.roll(1, 0), images), 1 - inside.float().mean()
+    share = inside.float().mean()
+    images = torch.where(inside, images.roll(1, 0), images)
+    return images, torch.lerp(targets.roll(1, 0), targets, 1 - share)
 
 
 def logit_shift(photos, strength):
@@ -510,11 +518,11 @@ def logit_shift(photos, strength):
     return strength * (shares[0] / shares[1]).log()
 
 
-def sam_epochs(run):
-    """How many of a run's epochs, the last ones, are trained by SAM; see climb()."""
-    if not getattr(run, "sam_radius", 0):  # fine-tuning has none
+def sam_epochs(config):
+    """How many of the epochs of a run with this config, the last ones, are trained by SAM."""
+    if not config.get("sam_radius"):  # fine-tuning has none
         return 0
-    return round(run.epochs * run.sam_share)
+    return round(config["epochs"] * config["sam_share"])
 
 
 @torch.no_grad()
@@ -531,31 +539,22 @@ def climb(parameters, radius):
     return moves
 
 
-def train_step(
-    model, optimizers, inputs, labels, square, shift, factor, weight, radius, run, context
-):
-    """One step -> loss, float [], and number of right answers, int64 [], both on the device.
+def train_step(model, optimizers, inputs, targets, shift, weight, radius, label_smoothing, context):
+    """One step -> loss, float [], and logits, float [B, classes], both on the device.
 
-    inputs: float [B, ...], labels: int64 [B], square: int64 [4] of CutMix or None, shift: float
-    [classes], see logit_shift(), factor: float [] that the learning rates are multiplied by. These
-    five tensors are on the device and nothing is read from them here, so that no step waits for one
-    before it, and the step could be captured in a CUDA graph. weight: of the loss, a number, 1 in a
-    single process. radius: of climb(), a number, 0 for none. With one there are two passes: the
-    loss and the answers returned are those of the first; the second draws its own dropout, and
-    batch norm's statistics take in both.
+    inputs: float [B, ...], targets: float [B, classes], probabilities, shift: float [classes], see
+    logit_shift(). Nothing is read from these here, so that no step waits for one before it, and the
+    step could be captured in a CUDA graph. weight: of the loss, a number, 1 in a single process.
+    radius: of climb(), a number, 0 for none. With one there are two passes: the loss and the logits
+    returned are those of the first; the second draws its own dropout, and batch norm's statistics
+    take in both. context: of the forward pass, see autocast().
     """
-    for group in parameter_groups(optimizers):
-        group["lr"] = group["highest_lr"] * factor
-    targets = F.one_hot(labels, len(shift)).float()
-    if square is not None:  # share of this label, the rest of the one that was pasted
-        inputs, share = cutmix(inputs, square)
-        targets = torch.lerp(targets.roll(1, 0), targets, share)
 
     def compute_gradients():
         with context:
             logits = model(inputs)
         logits = logits.float()
-        loss = F.cross_entropy(logits + shift, targets, label_smoothing=run.label_smoothing)
+        loss = F.cross_entropy(logits + shift, targets, label_smoothing=label_smoothing)
         model.zero_grad()
         (loss * weight).backward()
         return loss.detach(), logits.detach()
@@ -569,7 +568,7 @@ def train_step(
             torch._foreach_sub_(trained, moves)
     for optimizer in optimizers:
         optimizer.step()
-    return loss, (logits.argmax(1) == labels).sum()
+    return loss, logits
 
 
 def train_one_epoch(model, loader, optimizers, epoch, shift, run, context):
@@ -591,7 +590,7 @@ def train_one_epoch(model, loader, optimizers, epoch, shift, run, context):
         now = epoch + (step + 1) / (len(loader) + 1)
         factors.append(learning_rate_factor(now, run.epochs, run.warmup_epochs, run.schedule))
     factors = torch.tensor(factors, device=loader.device)
-    radius = run.sam_radius if epoch >= run.epochs - sam_epochs(run) else 0
+    radius = run.sam_radius if epoch >= run.epochs - sam_epochs(vars(run)) else 0
     sizes = [len(batch) for batch in loader.labels.tensor_split(len(loader))]  # of all processes
     loader.set_epoch(epoch)
     model.train()
@@ -601,11 +600,15 @@ def train_one_epoch(model, loader, optimizers, epoch, shift, run, context):
     for (inputs, labels), square, factor, size in steps:
         # The mean over processes that DistributedDataParallel takes becomes that over photos.
         weight = len(labels) * count / size
-        loss, right = train_step(
-            model, optimizers, inputs, labels, square, shift, factor, weight, radius, run, context
+        targets = F.one_hot(labels, len(shift)).float()
+        if square is not None:
+            inputs, targets = cutmix(inputs, targets, square)
+        set_learning_rates(optimizers, factor)
+        loss, logits = train_step(
+            model, optimizers, inputs, targets, shift, weight, radius, run.label_smoothing, context
         )
         loss_sum += loss * len(labels)
-        correct += right
+        correct += (logits.argmax(1) == labels).sum()
     return means(loss_sum, correct, loader)
 
 
@@ -741,7 +744,7 @@ def print_progress(run, history, photos):
     epoch, last, terminal = len(history), history[-1], sys.stdout.isatty()
     if not terminal and epoch % max(1, run.epochs // 10) and epoch != run.epochs:
         return
-    first, to_come = run.epochs - sam_epochs(run), run.epochs - epoch
+    first, to_come = run.epochs - sam_epochs(vars(run)), run.epochs - epoch
     if epoch <= first:  # those by SAM, still to come, have two passes
         to_come = first - epoch + 2 * (run.epochs - first)
     text = (

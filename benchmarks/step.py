@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import Parser, number
 
 import torch
+import torch.nn.functional as F
 
 import data
 import engine
@@ -41,15 +42,17 @@ def build_step(flags, device):
     theta, color = loader.draw_view(0)
     index = loader.shares(loader.order().to(device))[0]
     [square] = engine.draw_squares(1, 1.0, run.image_size, device)
-    factor, shift = torch.ones((), device=device), torch.zeros(len(split.classes), device=device)
+    factor, classes = torch.ones((), device=device), len(split.classes)
+    shift, smoothing = torch.zeros(classes, device=device), run.label_smoothing
     optimizers = engine.build_optimizers(model, run)
     context = engine.autocast(device, run.precision)
 
     def step():
         inputs = data.augment(images[index], theta[index], color[index])
-        engine.train_step(
-            model, optimizers, inputs, labels[index], square, shift, factor, 1.0, 0, run, context
-        )
+        targets = F.one_hot(labels[index], classes).float()
+        inputs, targets = engine.cutmix(inputs, targets, square)
+        engine.set_learning_rates(optimizers, factor)
+        engine.train_step(model, optimizers, inputs, targets, shift, 1.0, 0, smoothing, context)
 
     for group in optimizers[-1].param_groups:  # AdamW refuses capture without
         group["capturable"] = device.type == "cuda"

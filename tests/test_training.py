@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import common
@@ -167,14 +166,14 @@ def test_fine_tuning_works_with_muon_and_several_values(photos, count):
     assert settings == {(0.01, 0), (0.01, 1), (0.02, 0), (0.02, 1)}
 
 
-def test_cutmix_pastes_a_square_and_reports_its_share():
+def test_cutmix_pastes_a_square_and_mixes_the_targets_by_its_share():
     images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 20, 20).clone()
     own = torch.arange(4)[:, None, None, None]
     torch.manual_seed(0)
     for square in engine.draw_squares(20, 1.0, 20, CPU):
-        mixed, share = engine.cutmix(images, square)
+        mixed, targets = engine.cutmix(images, torch.eye(4), square)
         kept = (mixed == own).float().mean((1, 2, 3))
-        torch.testing.assert_close(kept, share.expand(4))
+        torch.testing.assert_close(targets, kept.diag() + (1 - kept).diag().roll(1, 0))
         assert set(mixed[0].unique().tolist()) <= {0.0, 3.0}
 
 
@@ -199,7 +198,7 @@ def test_muon_updates_are_nearly_orthogonal():
 def test_a_step_takes_the_gradient_where_the_shifted_loss_is_highest_within_the_radius(radius):
     torch.manual_seed(0)
     model, inputs, labels = torch.nn.Linear(4, 3), torch.randn(8, 4), torch.arange(8) % 3
-    shift, run = torch.tensor([0.0, 1.0, -1.0]), Namespace(label_smoothing=0.1)
+    shift, targets = torch.tensor([0.0, 1.0, -1.0]), torch.eye(3)[labels]
 
     def loss(weight, bias):
         logits = inputs @ weight.T + bias + shift
@@ -211,13 +210,13 @@ def test_a_step_takes_the_gradient_where_the_shifted_loss_is_highest_within_the_
     moved = [w + radius * g / norm for w, g in zip(start, here, strict=True)]
     there = torch.autograd.grad(loss(*moved), moved)
     optimizer = torch.optim.SGD([{"params": model.parameters(), "highest_lr": 0.2}], lr=1.0)
-    one, context = torch.ones(()), contextlib.nullcontext()
+    engine.set_learning_rates([optimizer], torch.tensor(0.5))
     told, _ = engine.train_step(
-        model, [optimizer], inputs, labels, None, shift, one, 1.0, radius, run, context
+        model, [optimizer], inputs, targets, shift, 1.0, radius, 0.1, contextlib.nullcontext()
     )
     torch.testing.assert_close(told, loss(*start).detach())
     for weight, before, gradient in zip(model.parameters(), start, there, strict=True):
-        torch.testing.assert_close(weight.detach(), (before - 0.2 * gradient).detach())
+        torch.testing.assert_close(weight.detach(), (before - 0.1 * gradient).detach())
 
 
 def test_sam_is_of_the_last_epochs(photos):

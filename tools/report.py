@@ -7,7 +7,6 @@ which are quoted with their source; the code is taken from the source. Two model
 different only where a paired test on the same photos says so.
 """
 
-import argparse
 import inspect
 import itertools
 import re
@@ -301,7 +300,7 @@ the last layer"""
     if config["schedule"] == "constant":
         end = "stays"
     flat, rare = "", ""
-    last = engine.sam_epochs(argparse.Namespace(**config))
+    last = engine.sam_epochs(config)
     if last:
         flat = f"""In {last} of the {config["epochs"]} epochs, the last, a step takes its gradients
 where the loss is highest within a radius of {config["sam_radius"]:g} (SAM: Foret et al., ICLR 2021;

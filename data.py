@@ -35,7 +35,10 @@ CHUNK = 64  # photos decoded at a time
 
 
 class Split(NamedTuple):
-    """One split: images uint8 [N, 3, H, W] (a map on disk), labels int64 [N], files, classes."""
+    """One split: images uint8 [N, 3, H, W], labels int64 [N], files, classes.
+
+    The images are a map on disk, or copies in memory or on a GPU.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -68,7 +71,7 @@ def is_class(entry):
 
 
 def has_photo_name(path):
-    """Whether a file is called a photo and not hidden, as what archives of a Mac leave is."""
+    """Whether a path has the suffix of a photo and is not hidden, as the ._x.jpg of a Mac is."""
     return path.suffix.lower() in SUFFIXES and path.name[0] != "."
 
 
@@ -289,7 +292,7 @@ def write_map(root, files, image_size, map_file):
 
 
 def check_of(digest, pixels):
-    """What tells whether a photo of an unfinished map and its digest are as they were written."""
+    """Checksum of a decoded photo in an unfinished map and of its digest, bytes."""
     return hashlib.sha256(digest + pixels).digest()
 
 

@@ -35,7 +35,8 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import models
 
-# Flags in which two calls of the same run may differ: where and how fast it happens.
+# Flags in which two calls of the same run may differ: where and how fast it happens. Other threads
+# round differently, no more.
 PLACE_FLAGS = (
     "data",
     "output",
@@ -62,17 +63,32 @@ EVALUATION_BATCH = 64
 def add_training_flags(parser):
     """The flags that both training scripts share with the same defaults."""
     flag = parser.add_argument
-    flag("--name", type=run_name, help="of the run and its files; made from the settings if absent")
+    flag("--name", type=run_name, help="name of the run; default: made from its settings")
     flag("--epochs", type=number(int, 1), default=50, help="times each photo is seen")
-    flag("--batch-size", type=number(int, 1), nargs="+", default=[64], help="photos a step")
-    flag("--train-photos", type=number(int, 0), default=0, help="at most so many a class; 0 is all")
-    flag("--seed", type=number(int, 0, 2**31), nargs="+", default=[0], help="of all that is drawn")
-    flag("--best-of-grid", action="store_true", help="take rate and batch size from the best run")
-    flag("--schedule", choices=("linear", "constant"), default="linear", help="after the warm-up")
-    flag("--warmup-epochs", type=number(float, 0), default=2.0, help="of linear rise to the rate")
+    flag("--batch-size", type=number(int, 1), nargs="+", default=[64], help="photos per step")
+    flag("--train-photos", type=number(int, 0), default=0, help="most photos of a class; 0: all")
+    flag("--seed", type=number(int, 0, 2**31), nargs="+", default=[0], help="random seed")
+    flag("--best-of-grid", action="store_true", help="learning rate and batch size of the best run")
+    flag(
+        "--schedule",
+        choices=("linear", "constant"),
+        default="linear",
+        help="of the learning rate after the warm-up",
+    )
+    flag(
+        "--warmup-epochs",
+        type=number(float, 0),
+        default=2.0,
+        help="of linear rise of the learning rate",
+    )
     flag("--label-smoothing", type=number(float, 0, 1), default=0.1, help="of the cross-entropy")
-    flag("--precision", choices=("auto", "bfloat16", "float32"), default="auto", help="of products")
-    flag("--threads", type=number(int, 1), default=cpu_count(), help="of the CPU; change rounding")
+    flag(
+        "--precision",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="of matrix products",
+    )
+    flag("--threads", type=number(int, 1), default=cpu_count(), help="of the CPU; affect rounding")
     flag("--deterministic", action="store_true", help="the same numbers again on a GPU; slower")
     flag("--checkpoint-seconds", type=number(float, 0), default=30.0, help="between stored states")
 
@@ -135,7 +151,8 @@ def unfinished_runs(parser, arguments, prefix, photos):
     begins with. While a run is in use no other process trains it, but for those of one torchrun,
     which train it together.
     """
-    first, runs = data.processes()[0] == 0, combinations(arguments)
+    first = data.processes()[0] == 0
+    runs = combinations(arguments)
     if arguments.name and len(runs) > 1:
         raise SystemExit(f"--name {arguments.name}: of {len(runs)} runs; name one only.")
     for run in runs:
@@ -198,20 +215,20 @@ def is_finished(run, photos):
     return "failed" in stored or checkpoint_file(run.output, run.name).exists()
 
 
-def setting_of(run):
+def setting_of(stored):
     """(learning rate, batch size) of a run's JSON: what a grid varies besides the seed."""
-    return run["config"]["learning_rate"], run["config"]["batch_size"]
+    return stored["config"]["learning_rate"], stored["config"]["batch_size"]
 
 
 def choosing_seeds(runs):
-    """The seeds that every setting (learning rate, batch size) of `runs` has; all if none has.
+    """The seeds that every setting (learning rate, batch size) has; all if none has all settings.
 
-    Seeds that only repeat what was chosen have no say in the choice: their mean is free of the
-    optimism of having been chosen.
+    runs: a non-empty list of contents of runs' JSON. Seeds that only repeat what was chosen have no
+    say in the choice: their mean is free of the optimism of having been chosen.
     """
     seeds = {}
-    for run in runs:
-        seeds.setdefault(setting_of(run), set()).add(run["config"]["seed"])
+    for stored in runs:
+        seeds.setdefault(setting_of(stored), set()).add(stored["config"]["seed"])
     shared = set.intersection(*seeds.values())
     return shared if shared else set.union(*seeds.values())
 
@@ -223,9 +240,9 @@ def best_setting(runs):
     a setting of which a run has failed is not chosen unless all have.
     """
     groups, seeds = {}, choosing_seeds(runs)
-    for run in runs:
-        if run["config"]["seed"] in seeds:
-            groups.setdefault(setting_of(run), []).append(run["best"])
+    for stored in runs:
+        if stored["config"]["seed"] in seeds:
+            groups.setdefault(setting_of(stored), []).append(stored["best"])
 
     def merit(key):
         bests = groups[key]
@@ -246,12 +263,12 @@ def take_best_of_grid(parser, arguments, photos):
     vary = (*PLURAL_FLAGS, "train_photos")
     wanted = settings(vars(arguments), vary)
     grid = [
-        run
-        for run in read_runs(arguments.output).values()
-        if settings(run["config"], vary) == wanted
-        and not run["config"]["train_photos"]
-        and [run["config"]["dropout"]] == parser.get_default("dropout")
-        and run["data"]["fingerprint"] == photos.description["fingerprint"]
+        stored
+        for stored in read_runs(arguments.output).values()
+        if settings(stored["config"], vary) == wanted
+        and not stored["config"]["train_photos"]
+        and [stored["config"]["dropout"]] == parser.get_default("dropout")
+        and stored["data"]["fingerprint"] == photos.description["fingerprint"]
     ]
     if not grid:
         raise SystemExit(
@@ -312,7 +329,7 @@ def synchronise(device):
 
 
 def of_first_process(value):
-    """`value` as the first process has it, in all of them."""
+    """`value` of the first process of torchrun, in all of them."""
     values = [value]
     if data.processes()[1] > 1:
         dist.broadcast_object_list(values)
@@ -423,27 +440,28 @@ def orthogonalise(matrix, dtype):
 def build_optimizers(model, run):
     """Optimizers for what is not frozen. Biases and batch norm are not decayed.
 
-    With Muon it takes the matrices and kernels but the last layer, at the learning rate; AdamW
-    takes the rest at a tenth of it. Where nothing is left for Muon, AdamW takes all at the learning
-    rate.
+    With --optimizer muon Muon takes all matrices and kernels but those of the last layer, AdamW the
+    rest at a tenth of the learning rate and a weight decay of 0.01. Otherwise, or where nothing is
+    left for Muon, AdamW takes all, at the learning rate and weight decay given.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     last = [parameter for parameter in trained if parameter.ndim > 1][-1]  # registered last
-    inner, matrices, vectors = [], [], []
+    of_muon, of_adamw, vectors = [], [], []
     for parameter in trained:
         if parameter.ndim <= 1:
             vectors.append(parameter)
         elif run.optimizer == "muon" and parameter is not last:
-            inner.append(parameter)
+            of_muon.append(parameter)
         else:
-            matrices.append(parameter)
-    optimizers, rate, decay = [], run.learning_rate, run.weight_decay
-    if inner:
+            of_adamw.append(parameter)
+    rate, decay = run.learning_rate, run.weight_decay
+    optimizers = []
+    if of_muon:
         dtype = product_dtype(trained[0].device, run.precision)
-        optimizers.append(Muon(inner, lr=rate, weight_decay=decay, dtype=dtype))
+        optimizers.append(Muon(of_muon, lr=rate, weight_decay=decay, dtype=dtype))
         rate, decay = rate / 10, 0.01
     groups = [
-        {"params": matrices, "weight_decay": decay},
+        {"params": of_adamw, "weight_decay": decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
     optimizers.append(torch.optim.AdamW(groups, lr=rate, fused=True))
@@ -543,8 +561,8 @@ def train_step(model, optimizers, inputs, targets, shift, weight, radius, label_
     """One step -> loss, float [], and logits, float [B, classes], both on the device.
 
     inputs: float [B, ...], targets: float [B, classes], probabilities, shift: float [classes], see
-    logit_shift(). Nothing is read from these here, so that no step waits for one before it, and the
-    step could be captured in a CUDA graph. weight: of the loss, a number, 1 in a single process.
+    logit_shift(). The host reads none of them, so that no step waits for the one before it, and a
+    CUDA graph could capture it. weight: of the loss, a number, 1 in a single process.
     radius: of climb(), a number, 0 for none. With one there are two passes: the loss and the logits
     returned are those of the first; the second draws its own dropout, and batch norm's statistics
     take in both. context: of the forward pass, see autocast().
@@ -590,7 +608,9 @@ def train_one_epoch(model, loader, optimizers, epoch, shift, run, context):
         now = epoch + (step + 1) / (len(loader) + 1)
         factors.append(learning_rate_factor(now, run.epochs, run.warmup_epochs, run.schedule))
     factors = torch.tensor(factors, device=loader.device)
-    radius = run.sam_radius if epoch >= run.epochs - sam_epochs(vars(run)) else 0
+    radius = 0
+    if epoch >= run.epochs - sam_epochs(vars(run)):
+        radius = run.sam_radius
     sizes = [len(batch) for batch in loader.labels.tensor_split(len(loader))]  # of all processes
     loader.set_epoch(epoch)
     model.train()
@@ -651,16 +671,18 @@ def fit(model, train_loader, validation_loader, run, photos):
     The best epoch has the highest validation accuracy, the lower loss on ties. The loaders yield
     inputs that `model` takes: photos, or features of its frozen part.
     """
-    (rank, count), device = data.processes(), train_loader.device
+    rank, count = data.processes()
+    device = train_loader.device
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     trains_norms = any(norm.weight.requires_grad for norm in norms)
     if trains_norms and len(train_loader.labels) < 2 * len(train_loader) * count:
         raise SystemExit("batch norm can't train on a batch of one photo: a larger --batch-size")
-    context, optimizers = autocast(device, run.precision), build_optimizers(model, run)
+    context = autocast(device, run.precision)
+    optimizers = build_optimizers(model, run)
     shift = logit_shift(photos, getattr(run, "logit_adjustment", 0)).to(device)
     file = checkpoint_file(run.output, run.name).with_suffix(".unfinished")
     versions = [str(torch.__version__), str(product_dtype(device, run.precision))]
-    belongs_to = [settings(vars(run)), photos.description["fingerprint"], *versions]
+    belongs_to = [settings(vars(run)), photos.description["fingerprint"], str(model), *versions]
     stored = of_first_process(read_state(file, belongs_to) if rank == 0 else None)
     history, best, best_state, seconds = [], None, None, 0.0
     if stored is not None:
@@ -739,7 +761,7 @@ def over_processes(model, device):
     return DistributedDataParallel(model)
 
 
-def print_progress(run, history, photos):
+def print_progress(run, history, photo_count):
     """One line on a terminal, rewritten each epoch; about ten lines in a log file."""
     epoch, last, terminal = len(history), history[-1], sys.stdout.isatty()
     if not terminal and epoch % max(1, run.epochs // 10) and epoch != run.epochs:
@@ -750,7 +772,7 @@ def print_progress(run, history, photos):
     text = (
         f"{run.name}  epoch {epoch}/{run.epochs}  train {last['train_loss']:.3f} "
         f"{last['train_accuracy']:.1%}  validation {last['validation_loss']:.3f} "
-        f"{last['validation_accuracy']:.1%}  {photos / last['seconds']:,.0f} images/s  "
+        f"{last['validation_accuracy']:.1%}  {photo_count / last['seconds']:,.0f} images/s  "
         f"{last['seconds'] * to_come:.0f} s left"
     )
     print(text, end="\n" if not terminal or epoch == run.epochs else "\x1b[K\r", flush=True)
@@ -789,7 +811,7 @@ def read_state(path, belongs_to):
         return None
     state = torch.load(io.BytesIO(written), map_location="cpu", weights_only=True)
     if state["belongs_to"] != belongs_to:
-        print(f"{path} is of other settings, photos, precision or torch, not used: begun again")
+        print(f"{path} is of other settings, photos, network, precision or torch: begun again")
         return None
     return state
 
@@ -802,7 +824,8 @@ def save_run(kind, run, photos, model, result, **more):
     """
     if data.processes()[0] > 0:
         return
-    config, path = vars(run), checkpoint_file(run.output, run.name)
+    config = vars(run)
+    path = checkpoint_file(run.output, run.name)
     digest = None
     if result.failed is None:
         checkpoint = {
@@ -847,7 +870,8 @@ def study_progress(output):
     """How far run_all.sh has come, ", run 7 of 37, 12 minutes left"; empty outside of it."""
     if "STUDY_RUNS" not in os.environ:
         return ""
-    total, begun = int(os.environ["STUDY_RUNS"]), float(os.environ["STUDY_START"])
+    total = int(os.environ["STUDY_RUNS"])
+    begun = float(os.environ["STUDY_START"])
     finished = [path.stat().st_mtime for path in Path(output, "runs").glob("*.json")]
     here = max(1, sum(moment >= begun for moment in finished))
     number_of_run = min(total, len(finished))

@@ -535,28 +535,28 @@ def add_sizes(summary, runs, study, output):
             if run["config"]["seed"] != seed:
                 continue
             classes = run["data"]["counts"]["train"]
-            photos = sum(classes.values()) / len(classes)
-            if run["best"] is not None and photos not in [r["photos_per_class"] for r in rows]:
-                rows.append({"photos_per_class": photos, **model_row([run], [seed], output)})
+            size = sum(classes.values()) / len(classes)
+            if run["best"] is not None and size not in [r["photos_per_class"] for r in rows]:
+                rows.append({"photos_per_class": size, **model_row([run], [seed], output)})
         rows.sort(key=lambda row: row["photos_per_class"])
         summary["sizes"] += rows
         measured = [row for row in rows if row["test_accuracy"] is not None]
         evaluations = [read_evaluation(output, row["runs"][0]) for row in measured]
         test_photos = {evaluation["photos"] for evaluation in evaluations}
         if len(measured) == len(rows) > 1 and len(test_photos) == 1:
-            photos = np.array([row["photos_per_class"] for row in rows])
+            sizes = np.array([row["photos_per_class"] for row in rows])
             right = stack_photos([right_photos(evaluation) for evaluation in evaluations])
-            summary["slopes"].append({"label": label, **slope_per_doubling(photos, right)})
+            summary["slopes"].append({"label": label, **slope_per_doubling(sizes, right)})
 
 
-def slope_per_doubling(photos, right, draws=2000):
+def slope_per_doubling(sizes, right, draws=2000):
     """Least-squares slope of accuracy over log2 of the number of training photos.
 
-    photos: float [sizes]; right: bool [sizes, test photos]. Returns slope and interval_95, a
-    percentile bootstrap over test photos, the same ones at all sizes. It holds for other test
-    photos, not for other seeds or training photos. Efron, Annals of Statistics 1979.
+    sizes: float [sizes], photos per class; right: bool [sizes, test photos]. Returns slope and
+    interval_95, a percentile bootstrap over test photos, the same ones at all sizes. It holds for
+    other test photos, not for other seeds or training photos. Efron, Annals of Statistics 1979.
     """
-    x = np.log2(photos) - np.log2(photos).mean()
+    x = np.log2(sizes) - np.log2(sizes).mean()
     of_photo = x @ right / (x @ x)  # each photo's part of the slope
     random = np.random.default_rng(0)
     resampled = [random.choice(of_photo, len(of_photo)).mean() for _ in range(draws)]
@@ -577,10 +577,10 @@ def summarise(output):
     fingerprint = max(sorted(set(fingerprints)), key=fingerprints.count)
     study, known = [], []
     for run in runs:
-        settings = engine.settings(run["config"])
-        if run["data"]["fingerprint"] == fingerprint and settings not in known:
+        run_settings = engine.settings(run["config"])
+        if run["data"]["fingerprint"] == fingerprint and run_settings not in known:
             study.append(run)
-            known.append(settings)  # the same again under another --name is no other seed
+            known.append(run_settings)  # the same again under another --name is no other seed
     study.sort(key=lambda run: (run["config"]["dropout"], run["config"]["seed"], run["name"]))
     scratch, transfer, sizes = {}, {}, []
     for run in study:

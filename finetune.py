@@ -28,12 +28,17 @@ def build_parser():
     flag = parser.add_argument
     share, names = number(float, 0, 1), ", ".join(models.BACKBONES)
     flag("--backbone", choices=models.BACKBONES, default="mobilenet_v2", metavar="B", help=names)
-    flag("--weights", default="IMAGENET1K_V1", help="that name, none (random), or a file")
-    flag("--unfreeze-convolutions", type=number(int, 0), default=0, help="how many of the last")
+    flag("--weights", default="IMAGENET1K_V1", help="name in torchvision, none (random), or a file")
+    flag(
+        "--unfreeze-convolutions",
+        type=number(int, 0),
+        default=0,
+        help="how many of the last to train",
+    )
     flag("--image-size", type=number(int, 32, 2048), default=288, help="side of the photos, pixels")
-    flag("--learning-rate", type=number(float, 1e-12), nargs="+", default=[0.001], help="highest")
+    flag("--learning-rate", type=number(float, 1e-12), nargs="+", default=[0.001], help="peak")
     flag("--dropout", type=number(float, 0, 0.99), nargs="+", default=[0.2], help="before the FC")
-    flag("--optimizer", choices=("muon", "adamw"), default="adamw", help="muon: matrices by Muon")
+    flag("--optimizer", choices=("muon", "adamw"), default="adamw", help="muon: for matrices")
     flag("--weight-decay", type=number(float, 0), default=0.05, help="decoupled")
     flag(
         "--crop-scale", type=number(float, 0.01, 1), default=0.5, help="smallest crop, of the area"
@@ -97,7 +102,8 @@ class FeatureLoader:
 @torch.no_grad()
 def compute_features(frozen, loader, views, context):
     """Run the frozen part over every photo once per view -> half [views, N, ...]."""
-    features, everything = None, torch.arange(len(loader.labels), device=loader.device)
+    features = None
+    everything = torch.arange(len(loader.labels), device=loader.device)
     for view in range(views):
         batches = loader.batches(everything, loader.draw_view(view))
         for index, (images, _) in zip(loader.shares(everything), batches, strict=True):
@@ -112,11 +118,11 @@ def compute_features(frozen, loader, views, context):
     return features
 
 
-def feature_gibibytes(frozen, photos, image_size, device):
-    """Memory that compute_features() will need for `photos` photos."""
+def feature_gibibytes(frozen, photo_count, image_size, device):
+    """Memory that compute_features() will need for so many photos, GiB, a float."""
     with torch.no_grad():
         output = frozen(torch.zeros(1, 3, image_size, image_size, device=device))
-    return photos * output.numel() * 2 / 2**30
+    return photo_count * output.numel() * 2 / 2**30
 
 
 def main(argv=None):
@@ -126,8 +132,8 @@ def main(argv=None):
     photos = engine.load_photos(arguments, device)
     if arguments.best_of_grid:
         arguments = engine.take_best_of_grid(parser, arguments, photos)
-    count = arguments.unfreeze_convolutions
-    prefix = f"{arguments.backbone}-last{count}" if count else f"{arguments.backbone}-fc"
+    unfrozen = arguments.unfreeze_convolutions
+    prefix = f"{arguments.backbone}-last{unfrozen}" if unfrozen else f"{arguments.backbone}-fc"
     views = min(arguments.views, arguments.epochs)
     train_features, validation_features = None, None
     seed_of_features, feature_seconds = None, 0.0
@@ -135,10 +141,11 @@ def main(argv=None):
         of_run = engine.photos_of_run(photos, run)
         torch.manual_seed(run.seed)
         model = models.build_backbone(
-            run.backbone, len(photos.train.classes), run.weights, count, run.dropout
+            run.backbone, len(photos.train.classes), run.weights, unfrozen, run.dropout
         )
         model.to(device, memory_format=torch.channels_last)
-        before, cut = models.frozen_state(model), model.first_trained()
+        before = models.frozen_state(model)
+        cut = model.first_trained()
         frozen = models.fold_batch_norm(model[:cut]).to(memory_format=torch.channels_last)
         trained = model[cut:]  # its layers are those of `model`, under the same names
         augmentation = data.Augmentation(run.crop_scale, run.rotation, run.jitter, run.flip)

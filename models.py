@@ -82,7 +82,7 @@ class Backbone(nn.Sequential):
     """A pre-trained network as a straight sequence of blocks, from images to logits."""
 
     def train(self, mode=True):
-        """Like nn.Module.train, but frozen batch norm stays in eval mode: its statistics too."""
+        """Like nn.Module.train, but frozen batch norm stays in eval mode: its statistics stay."""
         super().train(mode)
         for module in self.modules():
             norm = isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
@@ -99,8 +99,8 @@ class Backbone(nn.Sequential):
 
 
 def build_backbone(name, classes, weights="IMAGENET1K_V1", unfreeze_convolutions=0, dropout=0.2):
-    """Return a Backbone with a new last Linear, everything frozen but that and the last N
-    convolutions.
+    """Return a Backbone with a new last Linear, everything frozen but that and the last
+    `unfreeze_convolutions` convolutions with their batch norms.
 
     weights: a name that torchvision knows, "none" (random) or a file with a state dict of the
     1000-class network. Exits with one line if they cannot be had.

@@ -26,9 +26,9 @@ def build_parser():
     share = number(float, 0, 1)
     flag("--model", choices=tuple(models.SCRATCH), default="plain", help="network")
     flag("--image-size", type=number(int, 32, 2048), default=96, help="side of the photos, pixels")
-    flag("--learning-rate", type=number(float, 1e-12), nargs="+", default=[0.02], help="highest")
+    flag("--learning-rate", type=number(float, 1e-12), nargs="+", default=[0.02], help="peak")
     flag("--dropout", type=number(float, 0, 0.99), nargs="+", default=[0.0], help="before each FC")
-    flag("--optimizer", choices=("muon", "adamw"), default="muon", help="muon: matrices by Muon")
+    flag("--optimizer", choices=("muon", "adamw"), default="muon", help="muon: for matrices")
     flag("--weight-decay", type=number(float, 0), default=0.3, help="decoupled; of Muon's matrices")
     flag(
         "--crop-scale", type=number(float, 0.01, 1), default=0.2, help="smallest crop, of the area"
@@ -37,9 +37,9 @@ def build_parser():
     flag("--jitter", type=share, default=0.3, help="largest change of colours, as a fraction")
     flag("--flip", type=share, default=0.5, help="probability of a mirrored photo")
     flag("--cutmix", type=share, default=0.5, help="probability that a batch is mixed by CutMix")
-    flag("--sam-share", type=share, default=0.4, help="of the epochs, the last, trained by SAM")
-    flag("--sam-radius", type=number(float, 0), default=0.1, help="of SAM, how far it looks")
-    flag("--logit-adjustment", type=number(float, 0), default=1.0, help="for rare classes; 0 none")
+    flag("--sam-share", type=share, default=0.4, help="of the epochs, at the end, trained by SAM")
+    flag("--sam-radius", type=number(float, 0), default=0.1, help="length of its step uphill")
+    flag("--logit-adjustment", type=number(float, 0), default=1.0, help="for rare classes; 0: none")
     return parser
 
 

@@ -1,6 +1,7 @@
 """The loop learns, records what it did, and never repeats or loses finished work."""
 
 import contextlib
+import io
 import signal
 import subprocess
 import sys
@@ -405,6 +406,15 @@ def test_a_run_goes_on_only_in_the_precision_it_began_in(photos, monkeypatch, ca
     assert "of other settings" in printed and "goes on after" not in printed
 
 
+def test_a_run_goes_on_only_with_the_network_it_began_with(photos, monkeypatch, capsys):
+    flags = ["--data", str(photos), *TINY, "--name", "cut", "--checkpoint-seconds", "0"]
+    interrupted(monkeypatch, train_scratch.main, flags, 1)
+    monkeypatch.setattr(models.PlainCNN, "widths", (16, 16, 16, 16, 16))  # edited meanwhile
+    train_scratch.main(flags)
+    printed = capsys.readouterr().out
+    assert "of other settings" in printed and "goes on after" not in printed
+
+
 def test_a_state_that_does_not_belong_or_is_damaged_is_not_used(photos, monkeypatch, capsys):
     flags = ["--data", str(photos), *TINY, "--name", "cut", "--checkpoint-seconds", "0"]
     interrupted(monkeypatch, train_scratch.main, flags, 2)
@@ -436,9 +446,8 @@ def test_a_killed_process_loses_no_finished_epoch(photos, capsys, ending):
     lines = printed.strip().splitlines()
     assert len(lines) == (0 if ending == signal.SIGKILL else 1)
     assert engine.read_state(state, None) is None  # whole, but of another run
-    assert torch.load(__import__("io").BytesIO(state.read_bytes()[65:]), weights_only=True)[
-        "history"
-    ]
+    content = state.read_bytes().partition(b"\n")[2]
+    assert torch.load(io.BytesIO(content), weights_only=True)["history"]
 
 
 def test_two_processes_share_the_runs_of_a_grid(photos):

@@ -675,8 +675,12 @@ def fit(model, train_loader, validation_loader, run, photos):
     device = train_loader.device
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     trains_norms = any(norm.weight.requires_grad for norm in norms)
-    if trains_norms and len(train_loader.labels) < 2 * len(train_loader) * count:
-        raise SystemExit("batch norm can't train on a batch of one photo: a larger --batch-size")
+    smallest = len(train_loader.labels) // (len(train_loader) * count)  # of a process's batches
+    if smallest < 1 or (trains_norms and smallest < 2):
+        raise SystemExit(
+            "every process needs a photo in each step, two where batch norm is trained: a larger "
+            "--batch-size"
+        )
     context = autocast(device, run.precision)
     optimizers = build_optimizers(model, run)
     shift = logit_shift(photos, getattr(run, "logit_adjustment", 0)).to(device)

@@ -64,6 +64,12 @@ def test_two_processes_train_a_last_layer_to_the_same_losses(photos, memory):
         assert second["validation_accuracy"] == pytest.approx(first["validation_accuracy"], abs=0.1)
 
 
+def test_more_processes_than_photos_in_a_step_are_refused(photos):
+    with torchrun(2, "finetune.py", photos, *LAST_LAYER, "--batch-size", "1") as job:
+        _, err = job.communicate(timeout=120)
+    assert job.returncode != 0 and "a larger --batch-size" in err
+
+
 def test_two_processes_train_from_scratch_to_the_same_accuracy(photos):
     flags = [*TINY, "--weight-decay", "0.01", "--seed", "0", "1"]
     run(2, "train_scratch.py", photos, *flags)

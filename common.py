@@ -88,6 +88,11 @@ def split_folder(directory, split):
     return folder
 
 
+def printable(text):
+    """`text` with bytes of a file name that are no UTF-8 spelled out, as \\udce9."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def cpu_count():
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -12,7 +12,7 @@ import math
 import textwrap
 from pathlib import Path
 
-from common import Parser, atomic_file, best_models, read_json, read_runs, split_folder
+from common import Parser, atomic_file, best_models, printable, read_json, read_runs, split_folder
 
 import matplotlib
 import numpy as np
@@ -243,7 +243,13 @@ def draw_dots(path, title, rows):
 
 
 def class_names(evaluation):
-    return [name.replace("_", " ") for name in evaluation["classes"]]
+    return [printable(name).replace("_", " ") for name in evaluation["classes"]]
+
+
+def shorten(name, most):
+    """A name of at most `most` characters: if it is longer, its beginning and its end."""
+    half = (most - 1) // 2
+    return name if len(name) <= most else f"{name[:half]}…{name[-half:]}"
 
 
 def add_up(evaluations):
@@ -258,7 +264,7 @@ def draw_confusion(path, row, evaluations):
     """
     counts = add_up(evaluations)
     split, seeds = evaluations[0]["split"], len(evaluations)
-    classes = [textwrap.shorten(name, 28) for name in class_names(evaluations[0])]
+    classes = [shorten(name, 28) for name in class_names(evaluations[0])]
     side, many = min(WIDTH, max(5.8, 3 + 0.26 * len(classes))), len(classes) > MANY_CLASSES
     named = len(classes) <= TOO_MANY_CLASSES
     if many and named:  # large enough for their names
@@ -381,7 +387,7 @@ def draw_pairs(path, label, evaluations, data):
         for panel, (photo, guess) in zip(panels, row, strict=False):
             panel.imshow(photo)
             names = [classes[guess[key]] for key in ("label", "predicted")]
-            true, predicted = (textwrap.shorten(name, 18) for name in names)
+            true, predicted = (shorten(name, 18) for name in names)
             panel.set_title(f"{true}\nas {predicted}", fontsize=8)
     save(figure, path, f"{textwrap.fill(label, 60)}\nwhat it mixes up most")
 
@@ -406,9 +412,9 @@ def draw_attention(path, label, evaluation, data):
             heat = Image.fromarray(np.array(values, np.float32)).resize((240, 240))
             panel.imshow(ImageOps.fit(photo.convert("L"), (240, 240)), cmap="gray")
             panel.imshow(np.array(heat), cmap="inferno", alpha=0.5, vmin=0, vmax=1)
-            title = textwrap.shorten(classes[guess["label"]], 20)
+            title = shorten(classes[guess["label"]], 20)
             if name == "wrong":
-                title += "\n" + textwrap.shorten(f"as {classes[guess['predicted']]}", 20)
+                title += f"\nas {shorten(classes[guess['predicted']], 17)}"
             panel.set_title(title)
     save(figure, path, f"{label}: what speaks for the predicted class (bright)")
 
@@ -455,7 +461,7 @@ def draw_all(output, data):
     figures, grid, models = output / "figures", summary["grid"], summary["models"]
     row_of = {name: row for row in models for name in row["runs"]}
     labels = {name: row["label"].replace(" (", "\n(") for name, row in row_of.items()}
-    for stage in ("grid", "dropout", "transfer", "models"):
+    for stage in ("grid", "transfer", "models"):
         if not summary[stage]:
             print(f"skipped the figures of `{stage}`: summary.json lists no run of it yet")
     settings = {line["run"]: setting_name(line) for line in grid}
@@ -469,6 +475,8 @@ def draw_all(output, data):
         names = [seeds[0]["run"] for seeds in cases.values()]
         rows = [(labels[name], row_of[name]) for name in names]
         draw_dots(figures / "dropout.png", "Dropout in front of the fully connected layers", rows)
+    else:
+        print("skipped dropout.png: summary.json lists no run with dropout yet")
     chosen = [line for line in summary["transfer"] if line["chosen"]]
     if chosen:
         names = [seeds[0]["run"] for _, seeds in sorted(group(chosen, *CASE).items())]

@@ -60,7 +60,7 @@ case "${1:-}" in
   --demo) use_demo ;;
   --list) LIST=yes ;;
   --share) SHARE=${2:-none}; shift ;;
-  --help|-h) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+  --help|-h) sed -n '2,11s/^# \{0,1\}//p' run_all.sh; exit 0 ;;
   *) fail "unknown argument $1; there are --demo, --list, --share and --help" ;;
 esac
 if [[ $SHARE ]]; then
@@ -188,7 +188,7 @@ stage "photos"  # and weights before training, so that nothing is missing an hou
 if [[ ! $DEMO && ! $DATA_GIVEN && ! -d $DATA ]]; then
   [[ ! $SHARE ]] || fail "a share fetches nothing: python tools/prepare.py --download first"
   run "$PYTHON" tools/prepare.py --download --data "$DATA" --output "$OUT" --cache "$CACHE" ||
-    exec bash "${BASH_SOURCE[0]}" --demo
+    exec bash run_all.sh --demo
 fi
 if [[ $DEMO ]]; then announce_demo; fi
 checked=$OUT/photos.txt  # what the check printed; made again for other or newer photos
@@ -276,4 +276,4 @@ run "$PYTHON" tools/report.py --output "$OUT"
 
 stage "done: read $OUT/report.pdf or report.md"
 if [[ $DEMO ]]; then announce_demo; fi
-! grep -q '"failed"' "$OUT"/runs/*.json || fail "some runs failed, see above; the rest is complete"
+! grep -q '^ "failed":' "$OUT"/runs/*.json || fail "some runs failed, see above; the rest is complete"

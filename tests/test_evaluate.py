@@ -500,19 +500,25 @@ def test_names_that_are_no_utf8_pass_through_a_terminal_that_knows_ascii_only(ph
     for split in ("train", "validation", "test"):
         folder = (copy / split / "red").rename(copy / split / "café")
         photo = (folder / "0.jpg").rename(folder / os.fsdecode(b"caf\xe9.jpg"))
+        (copy / split / "green").rename(copy / split / os.fsdecode(b"th\xe9"))
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
 
     def command(script, *flags):
-        words = [sys.executable, str(ROOT / script), "--data", str(copy), "--device", "cpu", *flags]
+        words = [sys.executable, str(ROOT / script), *flags]
         return subprocess.run(words, capture_output=True, text=True, env=environment)
 
-    trained = command("train_scratch.py", *TINY, "--name", "one")
+    place = ["--data", str(copy), "--device", "cpu"]
+    trained = command("train_scratch.py", *place, *TINY, "--name", "one")
     assert trained.returncode == 0, trained.stderr
-    evaluated = command("evaluate.py", "--chosen")
+    evaluated = command("evaluate.py", *place, "--chosen")
     assert evaluated.returncode == 0, evaluated.stderr
     files = [p["file"] for p in evaluate.read_evaluation("results", "one")["predictions"]]
     assert "café/caf\udce9.jpg" in files
-    classified = command("evaluate.py", "--run", "one", "--image", str(photo), str(bad))
+    for script in ("plot.py", "tools/report.py"):
+        drawn = command(script)
+        assert drawn.returncode == 0, drawn.stderr
+    assert "th\\udce9" in Path("results/report.md").read_text()
+    classified = command("evaluate.py", *place, "--run", "one", "--image", str(photo), str(bad))
     assert classified.returncode == 1 and "Traceback" not in classified.stderr
     assert "caf\\udce9.jpg: caf\\xe9 " in classified.stdout
     assert "lunch-\\udce9.jpg: not a readable photo" in classified.stdout

@@ -10,6 +10,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
@@ -255,6 +256,14 @@ def test_smallest_split_has_a_photo_everywhere_and_a_smaller_one_is_refused():
     with pytest.raises(SystemExit, match="plain/pizza: less than 3 different photos"):
         prepare.main(["--split", "plain", "--data", "b"])
     assert sorted(os.listdir()) == [".cache", "a", "plain", "results"]
+
+
+@pytest.mark.parametrize("sizes", [[2, 50, 60], [1, 1, 40], [30, 30, 30]])
+def test_split_leaves_no_split_empty_however_many_copies_there_are(sizes):
+    random = np.random.default_rng(0)
+    hashes = np.repeat(random.random((len(sizes), 256)) < 0.5, sizes, axis=0)
+    chosen = prepare.share_out(hashes)
+    assert sorted(map(len, chosen.values())) == sizes and len(chosen["train"]) == max(sizes)
 
 
 def test_split_needs_a_name_for_the_new_folder(capsys):

@@ -3,7 +3,7 @@
     python tools/prepare.py --data food11               counts, unreadable files, leaks, a picture
     python tools/prepare.py --download --data food11    fetch Food-11 first
     python tools/prepare.py --download --classes all --data food101    or all of Food-101's classes
-    python tools/prepare.py --demo --data demo          draw the made-up set first
+    python tools/prepare.py --demo                      draw the made-up set first, into demo/
     python tools/prepare.py --split photos --data mine  split a plain folder of class folders first
 
 A new folder appears whole or not at all; one that exists is never changed.
@@ -32,7 +32,15 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageColor, ImageDraw, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Parser, add_place_flags, atomic_file, cpu_count, number, split_folder
+from common import (
+    Parser,
+    add_place_flags,
+    atomic_file,
+    cpu_count,
+    number,
+    printable,
+    split_folder,
+)
 
 import data
 
@@ -331,8 +339,10 @@ def share_out(hashes):
     if len(groups) < len(SHARES):
         return None
     random.Random(0).shuffle(groups)
-    chosen = {split: [] for split in SHARES}
-    for members in sorted(groups, key=len):  # large groups come last: into train
+    groups.sort(key=len)
+    # No split stays empty, however large a group is; the largest one belongs into train.
+    chosen = {"validation": groups.pop(0), "test": groups.pop(0), "train": groups.pop()}
+    for members in groups:
         wanting = [s for s, share in SHARES.items() if len(chosen[s]) < share * len(rows)]
         chosen[wanting[0]] += members
     return chosen
@@ -391,7 +401,7 @@ def draw_sheet(directory, classes, files, path, image_size=96, count=4):
             strip = torch.cat(list(torch.cat([images, gap], dim=3)), dim=2)  # side by side
             axis.imshow(strip.permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[], frame_on=False)
-        label = name.encode("utf-8", "backslashreplace").decode().replace("_", "\n")
+        label = printable(name).replace("_", "\n")
         row[0].set_ylabel(label, parse_math=False, rotation=0, ha="right", va="center")
     axes[0, 0].set_title("as stored", fontsize=10)
     axes[0, 1].set_title("as the network sees them", fontsize=10)
@@ -445,7 +455,7 @@ def main(argv=None):
     add_place_flags(parser)
     first = parser.add_mutually_exclusive_group()
     first.add_argument("--download", action="store_true", help="fetch Food-11 into --data first")
-    first.add_argument("--demo", action="store_true", help="draw a made-up set, into demo/")
+    first.add_argument("--demo", action="store_true", help="draw a made-up set into --data first")
     first.add_argument("--split", metavar="DIR", help="split a folder of class folders into --data")
     parser.add_argument(
         "--image-size",
@@ -460,17 +470,16 @@ def main(argv=None):
         default="food11",
         help="with --download: the eleven of Food-11, or all of Food-101, from CACHE/food-101",
     )
+    parser.set_defaults(data=None)
     arguments = parser.parse_args(argv)
-    directory = Path(arguments.data)
-    unnamed = arguments.data == parser.get_default("data")
-    if arguments.demo and unnamed:
-        directory = Path("demo")  # drawings must not be taken for Food-11
-    if arguments.split and unnamed:
+    if arguments.split and arguments.data is None:
         parser.error("--split needs --data, the name of the new folder")
-    if arguments.classes == "all" and unnamed:
+    if arguments.classes == "all" and arguments.data is None:
         parser.error("--classes all needs --data, the name of the new folder")
     if arguments.classes == "all" and not arguments.download:
         parser.error("--classes is for --download")
+    # Drawings must not be taken for Food-11.
+    directory = Path(arguments.data or ("demo" if arguments.demo else "food11"))
     if arguments.download and arguments.classes == "all":
         sources = {"a draw from Food-101": partial(fetch_food101, classes="all")}
         download_food11(directory, Path(arguments.cache), sources)

@@ -21,7 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Parser, atomic_file, best_models
+from common import Parser, atomic_file, best_models, printable
 
 import engine
 import evaluate
@@ -276,10 +276,11 @@ has a 95% interval of ±{half_width(test, 0.8):.0f} points.
 {table(("class", *counts), rows, caption)}"""
 
 
-def architectures(run):
+def architectures(run, trained):
+    """The networks named in `trained`, and the recipe by the settings of one run."""
     config, plain, names = run["config"], models.PlainCNN, {}
-    for name, build in models.SCRATCH.items():
-        network = build(len(run["data"]["classes"]))
+    for name in trained:
+        network = models.SCRATCH[name](len(run["data"]["classes"]))
         layers, count = models.describe(network, config["image_size"]), models.counts(network)
         head = [column for column in layers[0] if column != "state"]
         caption = f"Layers at {config['image_size']} px: {count['convolutions']} convolutions, "
@@ -315,9 +316,13 @@ find a low loss too, and costs a second pass."""
     counted = paragraph(flat, rare, "Training accuracy is counted on these distorted photos,")
     same = """The two networks have the same layers, as many weights and the same ones to begin
 with; only the skip sets them apart."""
+    skip = f"""The residual network adds the input of a block, pooled by the average, to its output,
+from the second block on, with zeros for the channels that are new:
+
+{code(models.ResidualCNN.block)}"""
     return f"""## Part 1: networks from scratch
 
-{same if len(names) == 1 and len(models.SCRATCH) == 2 else ""}
+{same if len(names) == 1 and set(trained) == {"plain", "residual"} else ""}
 
 {layers}
 
@@ -328,10 +333,7 @@ normalisation keeps the scale of each channel steady, so that a high learning ra
 
 {code(plain.__init__, plain.block, plain.forward)}
 
-The residual network adds the input of a block, pooled by the average, to its output, from the
-second block on, with zeros for the channels that are new:
-
-{code(models.ResidualCNN.block)}
+{skip if "residual" in trained else ""}
 
 Each run sees every photo {config["epochs"]} times and keeps the epoch that is best on validation.
 The loss is cross-entropy with label smoothing {config["label_smoothing"]:g}. The optimizer is
@@ -524,11 +526,14 @@ pairs below are {share:.0%} of its mistakes."""
                 line.append(f"{(counts[i, j] + counts[j, i]) * seeds / len(theirs):.0f}")
         pairs = table(head, lines, caption)
     recalls = matrix.diagonal() / matrix.sum(1)
-    best, worst = recalls.argmax(), recalls.argmin()
+    low, high = recalls.argmin(), recalls.argmax()
+    extremes = ""
+    if recalls[low] < recalls[high]:
+        extremes = f"""The best recognised class is {classes[high]} ({recalls[high]:.0%}), the worst
+{classes[low]} ({recalls[low]:.0%})."""
     return f"""## {title}
 
-{finding} The best recognised class is {classes[best]} ({recalls[best]:.0%}), the worst
-{classes[worst]} ({recalls[worst]:.0%}).
+{paragraph(finding, extremes)}
 {towards_frequent(matrix, runs[name]["data"])}
 
 {pairs}
@@ -792,7 +797,7 @@ def write_report(output):
     parts.append(photos(runs[summary["models"][0]["runs"][0]]))
     scratch_best, finetune_best = best.get("scratch"), best.get("finetune")
     if scratch_best:
-        parts.append(architectures(runs[scratch_best["runs"][0]]))
+        parts.append(architectures(runs[scratch_best["runs"][0]], list(summary["choices"])))
     if summary["choices"] or summary["failed"]:
         parts.append(grid(summary, runs))
     if scratch_best:
@@ -808,7 +813,7 @@ def write_report(output):
     parts.append(SOURCES)
     blocks = []
     # A blank line ends a block, but not within a function, where indented code follows.
-    for block in re.split(r"\n\n+(?! )", "\n\n".join(part for part in parts if part)):
+    for block in re.split(r"\n\n+(?! )", printable("\n\n".join(part for part in parts if part))):
         if not block.startswith("!["):
             is_text = not block.startswith(("#", "|", "```", "- "))
             blocks.append(textwrap.fill(block, 100, **WHOLE_WORDS) if is_text else block)

@@ -276,4 +276,5 @@ run "$PYTHON" tools/report.py --output "$OUT"
 
 stage "done: read $OUT/report.pdf or report.md"
 if [[ $DEMO ]]; then announce_demo; fi
+# The key of a run, which JSON here indents by one space; a class may be called so too.
 ! grep -q '^ "failed":' "$OUT"/runs/*.json || fail "some runs failed, see above; the rest is complete"

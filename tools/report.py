@@ -797,7 +797,8 @@ def write_report(output):
     parts.append(photos(runs[summary["models"][0]["runs"][0]]))
     scratch_best, finetune_best = best.get("scratch"), best.get("finetune")
     if scratch_best:
-        parts.append(architectures(runs[scratch_best["runs"][0]], list(summary["choices"])))
+        trained = [name for name in models.SCRATCH if name in summary["choices"]]
+        parts.append(architectures(runs[scratch_best["runs"][0]], trained))
     if summary["choices"] or summary["failed"]:
         parts.append(grid(summary, runs))
     if scratch_best:

@@ -1,4 +1,7 @@
-"""What all scripts share and needs no torch: the command line, files that are whole, JSON."""
+"""What all scripts share and needs no torch: the command line, files that are whole, JSON.
+
+Importing it also sets how a script ends, see the last lines.
+"""
 
 import argparse
 import contextlib
@@ -28,6 +31,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if "unrecognized" in message:
+            # argparse has no public list of its flags (Python 3.10 to 3.14).
             for word in re.findall(r"--[\w-]+", message):
                 for near in difflib.get_close_matches(word, self._option_string_actions, n=1):
                     message += f" (did you mean {near}?)"
@@ -37,6 +41,7 @@ class Parser(argparse.ArgumentParser):
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keep the line breaks of the examples and show defaults, but not the empty ones."""
 
+    # Private, but what argparse's own formatters override (Python 3.10 to 3.14).
     def _get_help_string(self, action):
         if action.default is None or action.default is False or action.default == []:
             return action.help
@@ -215,7 +220,8 @@ def show_uncaught(kind, error, traceback):
             print("\ninterrupted. Start again to go on from the last stored epoch", file=sys.stderr)
     elif issubclass(kind, BrokenPipeError):  # who read our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    elif kind.__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+    elif re.search("out of memory|can't allocate|Unable to allocate|ALLOC_FAILED", str(error)):
+        # torch has a type of its own for it on CUDA alone
         print(
             "out of memory: choose a smaller --batch-size, --image-size or --feature-memory, or "
             "fewer runs at a time (JOBS)",

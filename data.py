@@ -12,6 +12,8 @@ import os
 import shutil
 import sys
 import time
+import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -121,6 +123,11 @@ def list_photos(directory):
     return classes, files, ignored
 
 
+def count_photos(files):
+    """Number of photos of each class, a Counter; files: a list of "class/name.jpg"."""
+    return Counter(file.split("/")[0] for file in files)
+
+
 def decode(path, image_size):
     """Return (uint8 [3, H, W] with H = W = image_size, digest of the file's bytes).
 
@@ -198,7 +205,7 @@ def take_photos(split, count, seed):
     """
     generator, taken = torch.Generator().manual_seed(seed), []
     for label in range(len(split.classes)):
-        own = torch.nonzero(split.labels == label)[:, 0]
+        own = torch.nonzero(split.labels == label).flatten()
         taken.append(own[torch.randperm(len(own), generator=generator)[:count]])
     taken = torch.cat(taken).sort().values
     files = [split.files[index] for index in taken.tolist()]
@@ -212,10 +219,13 @@ def open_map(map_file, shape):
     """
     try:
         stored = read_json(map_file.with_suffix(".json"), "pixels", "fingerprint")
-        # Mode "c" is a private map: torch wants a writable array, the file stays as it is.
-        images = np.memmap(map_file, np.uint8, "c", shape=shape)
+        # Read-only: of a map that could be written to the system promises all pages beforehand, and
+        # refuses one that is larger than its memory.
+        images = np.memmap(map_file, np.uint8, "r", shape=shape)
         if stored["pixels"] == checksum_pixels(images):
-            return torch.from_numpy(images), stored["fingerprint"]
+            with warnings.catch_warnings():  # torch would rather have an array to write to
+                warnings.simplefilter("ignore", UserWarning)
+                return torch.from_numpy(images), stored["fingerprint"]
     except (OSError, ValueError, SystemExit):  # whatever is wrong with it, it can be made again
         pass
     return None, None
@@ -348,9 +358,10 @@ def draw_augmentation(count, generator, augmentation):
     """Draw one random view for each of `count` photos, on the CPU, the same on every device.
 
     Returns (theta float32 [N, 2, 3] for F.affine_grid, color float32 [N, 3]: factors of
-    brightness, contrast and saturation).
+    brightness, contrast and saturation). Area and aspect of a crop as in Szegedy et al., CVPR 2015.
     """
-    area, aspect, angle, mirror, x, y, *color = torch.rand(9, count, generator=generator)
+    drawn = torch.rand(9, count, generator=generator)  # uniform in [0, 1), float32 [9, N]
+    area, aspect, angle, mirror, x, y, brightness, contrast, saturation = drawn
     area = augmentation.crop_scale + (1 - augmentation.crop_scale) * area
     largest_aspect = 4 / 3 if augmentation.crop_scale < 1 else 1.0
     aspect = torch.exp((2 * aspect - 1) * math.log(largest_aspect))
@@ -360,9 +371,10 @@ def draw_augmentation(count, generator, augmentation):
     mirror = torch.where(mirror < augmentation.flip, -1.0, 1.0)
     x, y = (2 * x - 1) * (1 - width), (2 * y - 1) * (1 - height)
     cos, sin = angle.cos(), angle.sin()
-    rows = [width * cos * mirror, -height * sin, x, width * sin * mirror, height * cos, y]
-    theta = torch.stack(rows, 1).view(count, 2, 3)
-    return theta, 1 + augmentation.jitter * (2 * torch.stack(color, 1) - 1)
+    entries = [width * cos * mirror, -height * sin, x, width * sin * mirror, height * cos, y]
+    theta = torch.stack(entries, 1).view(count, 2, 3)
+    color = torch.stack([brightness, contrast, saturation], 1)
+    return theta, 1 + augmentation.jitter * (2 * color - 1)
 
 
 @functools.cache
@@ -374,18 +386,19 @@ def constants(device):
 def augment(images, theta, color):
     """Crop, scale, flip, rotate, jitter and normalise a batch, each image with its own parameters.
 
-    images uint8 [B, 3, H, W], theta [B, 2, 3], color [B, 3] -> float32 [B, 3, H, W], channels_last.
+    images uint8 [B, 3, H, W]; theta, color: see draw_augmentation -> float32 [B, 3, H, W],
+    channels_last.
     """
     images = images.float()
     grid = F.affine_grid(theta, images.shape, align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     # Brightness, contrast (about the image's mean grey), saturation (about each pixel's grey) and
     # normalisation are all linear in the pixel: one 3x3 matrix and one offset per image.
-    brightness, contrast, saturation = color.T[:, :, None, None]
+    brightness, contrast, saturation = color[:, :, None, None].unbind(1)  # [B, 1, 1] each
     mean, std, luma, identity = constants(images.device)
-    matrix = saturation * identity + (1 - saturation) * luma.expand(3, 3)
-    grey = images.mean((2, 3)) @ luma / 255
-    offset = brightness * (1 - contrast) * grey[:, None, None] - mean
+    matrix = saturation * identity + (1 - saturation) * luma.expand(3, 3)  # [B, 3, 3]
+    grey = images.mean((2, 3)) @ luma / 255  # [B]
+    offset = brightness * (1 - contrast) * grey[:, None, None] - mean  # [B, 3, 1]
     matrix = brightness * contrast / 255 * matrix / std
     pixels = torch.baddbmm(offset / std, matrix, images.flatten(2)).view_as(images)
     return pixels.contiguous(memory_format=torch.channels_last)
@@ -428,7 +441,8 @@ class Loader:
         return torch.randperm(len(self.labels), generator=generator)
 
     def draw_view(self, number):
-        """Augmentation parameters of view `number` for all photos, on the device; None without."""
+        """Parameters of view `number` for all photos: theta, color of draw_augmentation, on the
+        device; None without an Augmentation."""
         if self.augmentation is None:
             return None
         generator = torch.Generator().manual_seed((self.seed + 1) * 7_368_787 + number)
@@ -443,10 +457,11 @@ class Loader:
     def batches(self, order, view):
         """Yield (inputs, labels) for the photos of `order`, int64 [N], in a view of draw_view()."""
         # Both copies are made here, once: within an epoch nothing waits for the device.
-        here = order.to(self.images.device)
-        there = here.to(self.device)
-        for index_of_images, index in zip(self.shares(here), self.shares(there), strict=True):
-            images = self.images[index_of_images]
+        image_order = order.to(self.images.device)
+        label_order = image_order.to(self.device)
+        image_shares, label_shares = self.shares(image_order), self.shares(label_order)
+        for image_index, index in zip(image_shares, label_shares, strict=True):
+            images = self.images[image_index]
             if self.device.type == "cuda" and images.device.type == "cpu":
                 # Pinned, so that the copy need not be waited for. One to mps must be: else photos
                 # may be freed before it has read them (pytorch issue 189690).
@@ -455,7 +470,8 @@ class Loader:
             if view is None:
                 yield normalise(images), self.labels[index]
             else:
-                yield augment(images, *(part[index] for part in view)), self.labels[index]
+                theta, color = view
+                yield augment(images, theta[index], color[index]), self.labels[index]
 
     def __iter__(self):
         number = self.epoch % self.views if self.views else self.epoch

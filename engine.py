@@ -19,7 +19,6 @@ import platform
 import re
 import sys
 import time
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -112,7 +111,7 @@ def load_photos(arguments, device):
         splits.append(split._replace(images=data.on_device(split.images, device)))
     train, validation = splits
     classes, files, ignored = data.list_photos(arguments.data)
-    counts = {split: count_photos(files[split]) for split in files}
+    counts = {split: data.count_photos(files[split]) for split in files}
     unread = [f"{split}/{name}" for split in ignored for name in ignored[split]]
     if unread:
         print(f"{arguments.data}: not read, since no photos: {len(unread)}, such as {unread[0]}")
@@ -121,27 +120,24 @@ def load_photos(arguments, device):
     return Photos(train, validation, description)
 
 
-def count_photos(files):
-    """Number of photos of each class, a Counter; files: a list of "class/name.jpg"."""
-    return Counter(file.split("/")[0] for file in files)
-
-
 def photos_of_run(photos, run):
     """The Photos of a run: those of --train-photos, or all."""
     if not run.train_photos:
         return photos
     train = data.take_photos(photos.train, run.train_photos, run.seed)
-    counts = {**photos.description["counts"], "train": count_photos(train.files)}
+    counts = {**photos.description["counts"], "train": data.count_photos(train.files)}
     return photos._replace(train=train, description={**photos.description, "counts": counts})
 
 
 def combinations(arguments):
     """A list with an argparse.Namespace for each combination of the plural flags."""
-    values = [getattr(arguments, flag) for flag in PLURAL_FLAGS]
-    return [
-        argparse.Namespace(**{**vars(arguments), **dict(zip(PLURAL_FLAGS, chosen, strict=True))})
-        for chosen in itertools.product(*values)
-    ]
+    values, runs = [getattr(arguments, flag) for flag in PLURAL_FLAGS], []
+    for chosen in itertools.product(*values):
+        run = argparse.Namespace(**vars(arguments))
+        for flag, value in zip(PLURAL_FLAGS, chosen, strict=True):
+            setattr(run, flag, value)
+        runs.append(run)
+    return runs
 
 
 def unfinished_runs(parser, arguments, prefix, photos):
@@ -151,14 +147,14 @@ def unfinished_runs(parser, arguments, prefix, photos):
     begins with. While a run is in use no other process trains it, but for those of one torchrun,
     which train it together.
     """
-    first = data.processes()[0] == 0
+    rank, _ = data.processes()
     runs = combinations(arguments)
     if arguments.name and len(runs) > 1:
         raise SystemExit(f"--name {arguments.name}: of {len(runs)} runs; name one only.")
     for run in runs:
         run.name = arguments.name or make_name(parser, run, prefix)
         path = Path(run.output, ".locks", run.name)
-        holding = lock(path) if first else contextlib.nullcontext(True)
+        holding = lock(path) if rank == 0 else contextlib.nullcontext(True)
         with holding as mine:
             why_not = None
             if not mine:
@@ -276,8 +272,9 @@ def take_best_of_grid(parser, arguments, photos):
             "settings."
         )
     learning_rate, batch_size = of_first_process(best_setting(grid))
-    chosen = {"learning_rate": [learning_rate], "batch_size": [batch_size]}
-    return argparse.Namespace(**{**vars(arguments), **chosen})
+    best = argparse.Namespace(**vars(arguments))
+    best.learning_rate, best.batch_size = [learning_rate], [batch_size]
+    return best
 
 
 # ---------------------------------------------------------------------------------------------
@@ -299,14 +296,19 @@ def set_up(arguments):
 
 def join_processes(device, threads):
     """Take a place among the processes of torchrun -> the torch.device of this one."""
-    local_rank, local_count = (int(os.environ[f"LOCAL_{key}"]) for key in ("RANK", "WORLD_SIZE"))
+    local_rank, local_count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if device.type not in ("cpu", "cuda"):
+        raise SystemExit(
+            f"torchrun: processes can't exchange gradients on {device.type}; give cpu."
+        )
     torch.set_num_threads(max(1, threads // local_count))
     if device.type == "cuda":
         if local_count > torch.cuda.device_count():
             raise SystemExit(f"torchrun: {local_count} processes need as many GPUs.")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group()
+    # Named, since torch 2.6 knows no default on a Mac (pytorch issue 149537).
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     atexit.register(leave_processes)
     if dist.get_rank() > 0:  # one process speaks for all; errors go to stderr
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open to the end
@@ -330,17 +332,33 @@ def synchronise(device):
 
 def of_first_process(value):
     """`value` of the first process of torchrun, in all of them."""
-    values = [value]
-    if data.processes()[1] > 1:
-        dist.broadcast_object_list(values)
+    values, (_, count) = [value], data.processes()
+    if count > 1:
+        with together():
+            dist.broadcast_object_list(values)
     return values[0]
+
+
+@contextlib.contextmanager
+def together():
+    """Around what the processes of torchrun exchange: one line if another of them has ended."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no type of its own for it
+        _, count = data.processes()
+        if count == 1 or not re.search("gloo|NCCL|onnection|peer", str(error)):
+            raise
+        raise SystemExit(
+            f"a process of this torchrun has ended ({str(error).splitlines()[0]}). Start again to "
+            "go on from the last stored epoch."
+        ) from None
 
 
 def pick_device(name):
     """torch.device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; exits if it is not there."""
     if name == "auto":
         found = torch.accelerator.is_available()
-        return torch.accelerator.current_accelerator() if found else torch.device("cpu")
+        name = torch.accelerator.current_accelerator().type if found else "cpu"
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
@@ -394,7 +412,8 @@ class Muon(torch.optim.Optimizer):
     Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. A kernel
     [out, in, k, k] counts as the matrix [out, k * k * in]. Decoupled weight decay. dtype: of the
     products. The learning rate may be a tensor. The foreach functions do for all matrices in one
-    launch what would take one for each.
+    launch what would take one for each; torch's own optimizers use them, and there are no public
+    ones (torch 2.6 to 2.14).
     """
 
     def __init__(self, parameters, lr, weight_decay, dtype, momentum=0.95):
@@ -407,7 +426,7 @@ class Muon(torch.optim.Optimizer):
             weights, momentum = group["params"], group["momentum"]
             gradients = [weight.grad for weight in weights]
             for weight in weights:
-                if not self.state[weight]:
+                if "average" not in self.state[weight]:
                     self.state[weight]["average"] = torch.zeros_like(weight)
             averages = [self.state[weight]["average"] for weight in weights]
             torch._foreach_lerp_(averages, gradients, 1 - momentum)
@@ -426,7 +445,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix, dtype):
-    """Five Newton-Schulz steps towards the nearest (semi-)orthogonal matrix, in `dtype`."""
+    """Five Newton-Schulz steps towards the nearest (semi-)orthogonal matrix, in `dtype`.
+
+    matrix: float [rows, columns] -> the same shape and dtype. The coefficients are Jordan's.
+    """
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix).to(dtype)
     x = x / (x.norm() + 1e-7)
@@ -434,15 +456,16 @@ def orthogonalise(matrix, dtype):
         square = x @ x.T
         polynomial = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
         x = torch.addmm(x, polynomial, x, beta=3.4445)
-    return (x.T if tall else x).to(matrix.dtype, memory_format=torch.contiguous_format)
+    return (x.T if tall else x).to(matrix.dtype)
 
 
 def build_optimizers(model, run):
-    """Optimizers for what is not frozen. Biases and batch norm are not decayed.
+    """A list of optimizers for what is not frozen in `model`, whose last layer is registered last.
 
     With --optimizer muon Muon takes all matrices and kernels but those of the last layer, AdamW the
     rest at a tenth of the learning rate and a weight decay of 0.01. Otherwise, or where nothing is
-    left for Muon, AdamW takes all, at the learning rate and weight decay given.
+    left for Muon, AdamW takes all, at the learning rate and weight decay given. Biases and batch
+    norm are not decayed.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     last = [parameter for parameter in trained if parameter.ndim > 1][-1]  # registered last
@@ -454,23 +477,23 @@ def build_optimizers(model, run):
             of_muon.append(parameter)
         else:
             of_adamw.append(parameter)
-    rate, decay = run.learning_rate, run.weight_decay
-    optimizers = []
+    optimizers, adamw_rate, adamw_decay = [], run.learning_rate, run.weight_decay
     if of_muon:
         dtype = product_dtype(trained[0].device, run.precision)
-        optimizers.append(Muon(of_muon, lr=rate, weight_decay=decay, dtype=dtype))
-        rate, decay = rate / 10, 0.01
+        muon = Muon(of_muon, lr=run.learning_rate, weight_decay=run.weight_decay, dtype=dtype)
+        optimizers, adamw_rate, adamw_decay = [muon], run.learning_rate / 10, 0.01
     groups = [
-        {"params": of_adamw, "weight_decay": decay},
+        {"params": of_adamw, "weight_decay": adamw_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    optimizers.append(torch.optim.AdamW(groups, lr=rate, fused=True))
+    optimizers.append(torch.optim.AdamW(groups, lr=adamw_rate, fused=True))
     for group in parameter_groups(optimizers):
         group["highest_lr"] = group["lr"]
     return optimizers
 
 
 def parameter_groups(optimizers):
+    """All parameter groups, dicts, of a list of optimizers."""
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
@@ -498,9 +521,10 @@ def draw_squares(steps, probability, image_size, device):
     With `probability` it is int64 [4] on the device: first row, row after the last, first column,
     column after the last. Otherwise it is None.
     """
-    happens, share, x, y = torch.rand(steps, 4).T
-    side = (image_size * (1 - share).sqrt()).long()
-    top, left = (y * (image_size - side + 1)).long(), (x * (image_size - side + 1)).long()
+    happens, kept, x, y = torch.rand(steps, 4).unbind(1)  # uniform in [0, 1), float32 [steps]
+    side = (image_size * (1 - kept).sqrt()).long()
+    top = (y * (image_size - side + 1)).long()
+    left = (x * (image_size - side + 1)).long()
     squares = torch.stack([top, top + side, left, left + side], 1).to(device)
     mixed = (happens < probability).tolist()
     return [square if mix else None for square, mix in zip(squares, mixed, strict=True)]
@@ -517,13 +541,13 @@ def cutmix(images, targets, square):
     top, bottom, left, right = square
     rows, columns = (line >= top) & (line < bottom), (line >= left) & (line < right)
     inside = rows[:, None] & columns
-    share = inside.float().mean()
+    pasted = inside.float().mean()  # as a share of the photo
     images = torch.where(inside, images.roll(1, 0), images)
-    return images, torch.lerp(targets.roll(1, 0), targets, 1 - share)
+    return images, torch.lerp(targets.roll(1, 0), targets, 1 - pasted)
 
 
 def logit_shift(photos, strength):
-    """What is added to the logits in the training loss, float [classes]; `strength` 0 is nothing.
+    """What is added to the logits in the training loss, float32 [classes]; `strength` 0: nothing.
 
     The logarithm of how much larger a class's share is among the training than among the validation
     photos: without it a network expects rare classes to be as rare as in training. Zero where the
@@ -548,7 +572,8 @@ def climb(parameters, radius):
     """Move the parameters, in place, to where the loss is highest within `radius`.
 
     To first order, by their gradients; radius is the norm of all moves together. Returns the moves,
-    a list of tensors. Foret et al., "Sharpness-aware minimization" (SAM), ICLR 2021.
+    a tensor for each. For the foreach functions see Muon. Foret et al., "Sharpness-aware
+    minimization" (SAM), ICLR 2021.
     """
     gradients = [parameter.grad for parameter in parameters]
     scale = radius / (nn.utils.get_total_norm(gradients) + 1e-12)
@@ -562,10 +587,11 @@ def train_step(model, optimizers, inputs, targets, shift, weight, radius, label_
 
     inputs: float [B, ...], targets: float [B, classes], probabilities, shift: float [classes], see
     logit_shift(). The host reads none of them, so that no step waits for the one before it, and a
-    CUDA graph could capture it. weight: of the loss, a number, 1 in a single process.
-    radius: of climb(), a number, 0 for none. With one there are two passes: the loss and the logits
-    returned are those of the first; the second draws its own dropout, and batch norm's statistics
-    take in both. context: of the forward pass, see autocast().
+    CUDA graph could capture it once AdamW is `capturable` (benchmarks/step.py). weight: of the
+    loss, a number, 1 in a single process. radius: of climb(), a number, 0 for none. With one there
+    are two passes: the loss and the logits returned are those of the first; the second draws its
+    own dropout, and batch norm's statistics take in both. context: of the forward pass, see
+    autocast().
     """
 
     def compute_gradients():
@@ -592,10 +618,12 @@ def train_step(model, optimizers, inputs, targets, shift, weight, radius, label_
 def train_one_epoch(model, loader, optimizers, epoch, shift, run, context):
     """Train on every photo once; return mean loss and accuracy as the network saw them, floats.
 
+    Both are of distorted photos. The loss has label smoothing, CutMix and `shift` in it, unlike
+    that of validate(); the accuracy counts the label of the photo that another was pasted into.
     Sums stay on the device and are read once, at the end.
     """
     rank, count = data.processes()
-    seed = run.seed * 1_000_003 + epoch
+    seed = run.seed * 1_000_003 + epoch  # large and odd: seeds and epochs give numbers of their own
     torch.manual_seed(seed)  # of CutMix, the same in all processes, and of dropout
     squares = [None] * len(loader)
     probability = getattr(run, "cutmix", 0)  # features of a frozen part can't be mixed
@@ -603,7 +631,7 @@ def train_one_epoch(model, loader, optimizers, epoch, shift, run, context):
         squares = draw_squares(len(loader), probability, run.image_size, loader.device)
     if rank > 0:
         torch.manual_seed(seed + 7_368_787 * rank)
-    factors = []  # of the learning rates; no step has zero
+    factors = []  # of the learning rates, at points within the epoch: no step has rate zero
     for step in range(len(loader)):
         now = epoch + (step + 1) / (len(loader) + 1)
         factors.append(learning_rate_factor(now, run.epochs, run.warmup_epochs, run.schedule))
@@ -620,7 +648,7 @@ def train_one_epoch(model, loader, optimizers, epoch, shift, run, context):
     for (inputs, labels), square, factor, size in steps:
         # The mean over processes that DistributedDataParallel takes becomes that over photos.
         weight = len(labels) * count / size
-        targets = F.one_hot(labels, len(shift)).float()
+        targets = F.one_hot(labels, num_classes=len(shift)).float()
         if square is not None:
             inputs, targets = cutmix(inputs, targets, square)
         set_learning_rates(optimizers, factor)
@@ -648,9 +676,13 @@ def validate(model, loader, context):
 
 
 def means(loss_sum, correct, loader):
-    """The two sums, over all processes, by the number of photos: floats."""
+    """[mean loss, accuracy] over all photos of a loader, floats.
+
+    loss_sum, correct: float [], the sums of this process.
+    """
     sums = torch.stack([loss_sum, correct]).cpu().double()
-    if data.processes()[1] > 1:
+    _, count = data.processes()
+    if count > 1:
         dist.all_reduce(sums)
     return (sums / len(loader.labels)).tolist()
 
@@ -669,7 +701,9 @@ def fit(model, train_loader, validation_loader, run, photos):
     """Train `model` for run.epochs, from the stored state of the run if there is one -> Result.
 
     The best epoch has the highest validation accuracy, the lower loss on ties. The loaders yield
-    inputs that `model` takes: photos, or features of its frozen part.
+    inputs that `model` takes: photos, or features of its frozen part. run: flags; CutMix, SAM and
+    logit adjustment count as off where a script has no flag for them. photos: the Photos of the
+    run. Exits with one line if batches are too small.
     """
     rank, count = data.processes()
     device = train_loader.device
@@ -700,20 +734,11 @@ def fit(model, train_loader, validation_loader, run, photos):
     written = time.perf_counter()
     for epoch in range(len(history), run.epochs):
         begin = time.perf_counter()
-        try:
+        with together():
             train_loss, train_accuracy = train_one_epoch(
                 network, train_loader, optimizers, epoch, shift, run, context
             )
             loss, accuracy = validate(network, validation_loader, context)
-        except RuntimeError as error:
-            # What the gradients' exchange raises when another process has ended; gloo has no type
-            # of its own for it.
-            if count == 1 or not re.search("gloo|NCCL|onnection|peer", str(error)):
-                raise
-            raise SystemExit(
-                f"{run.name}: a process of this torchrun has ended ({str(error).splitlines()[0]}). "
-                "Start again to go on from the last stored epoch."
-            ) from None
         took = time.perf_counter() - begin
         seconds += took
         if not (math.isfinite(train_loss) and math.isfinite(loss)):
@@ -762,7 +787,8 @@ def over_processes(model, device):
     """
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return DistributedDataParallel(model)
+    with together():
+        return DistributedDataParallel(model)
 
 
 def print_progress(run, history, photo_count):
@@ -826,7 +852,8 @@ def save_run(kind, run, photos, model, result, **more):
     model: the whole network, result.best_state its state dict. more: further keys of the JSON. Of
     the processes of one torchrun only the first writes.
     """
-    if data.processes()[0] > 0:
+    rank, _ = data.processes()
+    if rank > 0:
         return
     config = vars(run)
     path = checkpoint_file(run.output, run.name)

@@ -13,6 +13,7 @@ import io
 import itertools
 import math
 from pathlib import Path
+from statistics import mean
 
 from common import Parser, add_place_flags, read_json, read_runs, run_name, write_json
 
@@ -98,11 +99,23 @@ def mcnemar(first, second):
     that only one of them got right: it excludes zero exactly where p_value < 0.05.
     """
     gains, losses = int((first & ~second).sum()), int((second & ~first).sum())
-    apart = gains + losses
-    tail = sum(math.comb(apart, k) for k in range(min(gains, losses) + 1)) / 2**apart
-    high, low = largest_share(gains, apart), 1 - largest_share(losses, apart)
-    interval = [(2 * share - 1) * apart / len(first) for share in (low, high)]
+    discordant = gains + losses
+    tail = binomial_tail(min(gains, losses), discordant, 0.5)
+    high, low = largest_share(gains, discordant), 1 - largest_share(losses, discordant)
+    interval = [(2 * share - 1) * discordant / len(first) for share in (low, high)]
     return (gains - losses) / len(first), interval, min(1.0, 2 * tail)
+
+
+def binomial_tail(count, total, share):
+    """Probability of `count` or fewer successes in `total` trials that each succeed with `share`.
+
+    share: above 0 and below 1. By logarithms: powers of it would underflow.
+    """
+    probability = 0.0
+    for k in range(count + 1):
+        ways = math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1)
+        probability += math.exp(ways + k * math.log(share) + (total - k) * math.log(1 - share))
+    return probability
 
 
 def largest_share(count, total):
@@ -111,11 +124,8 @@ def largest_share(count, total):
         return 1.0
     low, high = 0.0, 1.0
     for _ in range(50):
-        share, probability = (low + high) / 2, 0.0
-        for k in range(count + 1):
-            ways = math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1)
-            probability += math.exp(ways + k * math.log(share) + (total - k) * math.log(1 - share))
-        if probability > 0.025:
+        share = (low + high) / 2
+        if binomial_tail(count, total, share) > 0.025:
             low = share
         else:
             high = share
@@ -149,21 +159,24 @@ def paired_difference(first, second):
         difference, interval, p_value = mcnemar(first[0], second[0])
     else:
         method = f"over photos and {seeds} seeds"
-        apart = first.astype(float) - second
-        difference = float(apart.mean())
-        by_photo, by_seed = apart.mean(0), apart.mean(1)
+        differences = first.astype(float) - second  # of each photo with each seed: -1, 0 or 1
+        difference = float(differences.mean())
+        by_photo, by_seed = differences.mean(0), differences.mean(1)
+        interaction = differences - by_photo - by_seed[:, None] + difference
+        freedom_of_both = (seeds - 1) * (photos - 1)
         of_photos, of_seeds = by_photo.var(ddof=1) / photos, by_seed.var(ddof=1) / seeds
-        rest = apart - by_photo - by_seed[:, None] + difference
-        of_both = (rest**2).sum() / ((seeds - 1) * (photos - 1)) / rest.size  # is in both of them
-        error = float(max(of_photos, of_seeds, of_photos + of_seeds - of_both)) ** 0.5
-        half, p_value = 0.0, float(difference == 0)
-        if error > 0:
-            uncertain = of_photos**2 / (photos - 1) + of_seeds**2 / (seeds - 1)
-            uncertain += of_both**2 / ((seeds - 1) * (photos - 1))
-            freedom = max(1.0, error**4 / uncertain)
-            t, beyond = student_t(freedom)
-            half = error * float(np.interp(0.05, beyond[::-1], t[::-1]))
-            p_value = float(np.interp(abs(difference) / error, t, beyond))
+        of_both = (interaction**2).sum() / freedom_of_both / (seeds * photos)
+        # The interaction's part is in both of the others, so it is taken off once.
+        variance = float(max(of_photos, of_seeds, of_photos + of_seeds - of_both))
+        if variance == 0:  # the same difference on every photo with every seed
+            half, p_value = 0.0, 1.0 if difference == 0 else 0.0
+        else:
+            terms = of_photos**2 / (photos - 1) + of_seeds**2 / (seeds - 1)
+            terms += of_both**2 / freedom_of_both
+            t, beyond = student_t(max(1.0, variance**2 / terms))
+            standard_error = variance**0.5
+            half = standard_error * float(np.interp(0.05, beyond[::-1], t[::-1]))
+            p_value = float(np.interp(abs(difference) / standard_error, t, beyond))
         interval = [difference - half, difference + half]
     return {
         "difference": difference,
@@ -389,10 +402,6 @@ def table_line(run, chosen):
     return line
 
 
-def mean(values):
-    return sum(values) / len(values)
-
-
 def spread(values):
     """Standard deviation over seeds; None for a single seed."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -405,8 +414,8 @@ def model_row(runs, choosing, output):
     the optimism of that. Only the test accuracy has an interval: the validation photos have chosen
     what they measure. `seconds` are of the fastest run, which had its processor most to itself.
     """
+    seeds = [run["config"]["seed"] for run in runs]
     validation = [run["best"]["validation_accuracy"] for run in runs]
-    fresh = [run for run in runs if run["config"]["seed"] not in choosing]
     evaluations = [read_evaluation(output, run["name"]) for run in runs]
     measured = all(  # and not trained anew since
         evaluation and evaluation["checkpoint_sha256"] == run["checkpoint_sha256"]
@@ -416,32 +425,30 @@ def model_row(runs, choosing, output):
         "label": label_of(runs[0]["config"]),
         "kind": runs[0]["kind"],
         "runs": [run["name"] for run in runs],
-        "seeds": [run["config"]["seed"] for run in runs],
+        "seeds": seeds,
         "validation_accuracy": mean(validation),
         "validation_spread": spread(validation),
         "test_accuracy": None,
         "test_spread": None,
         "test_interval_95": None,
         "gap": None,
-        "fresh_seeds": [run["config"]["seed"] for run in fresh],
+        "fresh_seeds": [seed for seed in seeds if seed not in choosing],
         "fresh_validation_accuracy": None,
         "fresh_test_accuracy": None,
         "parameters": runs[0]["model"]["parameters"],
         "trainable_parameters": runs[0]["model"]["trainable_parameters"],
         "seconds": min(run["seconds"] for run in runs),
     }
-    if fresh:
-        accuracies = [run["best"]["validation_accuracy"] for run in fresh]
-        row["fresh_validation_accuracy"] = mean(accuracies)
     if measured:
         test = [evaluation["accuracy"] for evaluation in evaluations]
         row["test_accuracy"], row["test_spread"] = mean(test), spread(test)
         test_photos = len(evaluations[0]["predictions"])
         row["test_interval_95"] = list(wilson_interval(mean(test), test_photos))
         row["gap"] = mean(validation) - mean(test)
-        if fresh:
-            of_fresh = [accuracy for run, accuracy in zip(runs, test, strict=True) if run in fresh]
-            row["fresh_test_accuracy"] = mean(of_fresh)
+        if row["fresh_seeds"]:
+            fresh = [seeds.index(seed) for seed in row["fresh_seeds"]]
+            row["fresh_validation_accuracy"] = mean(validation[i] for i in fresh)
+            row["fresh_test_accuracy"] = mean(test[i] for i in fresh)
     return row
 
 
@@ -453,15 +460,12 @@ def read_evaluation(output, name, split="test"):
 
 
 def right_photos(evaluation):
-    """Whether each photo of an evaluation was classified right: file -> bool."""
+    """Whether each photo of an evaluation was classified right: bool [photos].
+
+    Evaluations of the same `photos`, their fingerprint, have them in the same order.
+    """
     predictions = evaluation["predictions"]
-    return {photo["file"]: photo["label"] == photo["predicted"] for photo in predictions}
-
-
-def stack_photos(tables):
-    """bool [runs, photos] from a list of right_photos(), of the photos that are in all of them."""
-    files = sorted(set.intersection(*(set(table) for table in tables)))
-    return np.array([[table[file] for file in files] for table in tables])
+    return np.array([photo["label"] == photo["predicted"] for photo in predictions])
 
 
 def compare(rows, output):
@@ -470,14 +474,15 @@ def compare(rows, output):
     measured = [row for row in rows if row["test_accuracy"] is not None]
     right, photos = {}, {}
     for row in measured:
-        for name in row["runs"]:
+        for name, seed in zip(row["runs"], row["seeds"], strict=True):
             evaluation = read_evaluation(output, name)
-            right[name], photos[name] = right_photos(evaluation), evaluation["photos"]
+            right[row["label"], seed] = right_photos(evaluation)
+            photos[row["label"], seed] = evaluation["photos"]
     for a, b in itertools.combinations(measured, 2):
         seeds = [seed for seed in a["seeds"] if seed in b["seeds"]]
-        pair = [row["runs"][row["seeds"].index(seed)] for row in (a, b) for seed in seeds]
-        if seeds and len({photos[name] for name in pair}) == 1:
-            first, second = np.split(stack_photos([right[name] for name in pair]), 2)
+        if seeds and len({photos[row["label"], seed] for row in (a, b) for seed in seeds}) == 1:
+            first = np.array([right[a["label"], seed] for seed in seeds])
+            second = np.array([right[b["label"], seed] for seed in seeds])
             line = {"a": a["label"], "b": b["label"], **paired_difference(first, second)}
             comparisons.append(line)
     return comparisons
@@ -545,7 +550,7 @@ def add_sizes(summary, runs, study, output):
         test_photos = {evaluation["photos"] for evaluation in evaluations}
         if len(measured) == len(rows) > 1 and len(test_photos) == 1:
             sizes = np.array([row["photos_per_class"] for row in rows])
-            right = stack_photos([right_photos(evaluation) for evaluation in evaluations])
+            right = np.array([right_photos(evaluation) for evaluation in evaluations])
             summary["slopes"].append({"label": label, **slope_per_doubling(sizes, right)})
 
 
@@ -630,7 +635,7 @@ def format_accuracy(row, split):
 
 def print_summary(summary):
     """The chosen models as a table, then what failed or does not belong to the study."""
-    width = max((len(row["label"]) for row in summary["models"]), default=12)
+    width = max(len(row["label"]) for row in summary["models"])
     head = f"{'chosen model':{width}}  {'validation':13}  {'test [95%]':30}"
     print(f"{head}  gap   fresh seeds")
     for row in summary["models"]:
@@ -655,7 +660,7 @@ def main(argv=None):
     flag("--split", choices=("validation", "test"), help="default: validation; test with --chosen")
     flag("--flip", action="store_true", help="average over photo and mirror image")
     flag("--image", nargs="+", metavar="PATH", help="photos or folders of photos to classify")
-    flag("--other-photos", action="store_true", help="measure on photos of no part in the study")
+    flag("--other-photos", action="store_true", help="also photos that the run does not know")
     arguments = parser.parse_args(argv)
     if arguments.chosen and (arguments.flip or arguments.other_photos):
         parser.error("--chosen measures without --flip and --other-photos; name runs with --run")
@@ -674,19 +679,19 @@ def main(argv=None):
     if not names:
         parser.error("name runs with --run, or give --best or --chosen")
     device = engine.pick_device(arguments.device)
-    unread = 0
-    for name in dict.fromkeys(names):
-        if arguments.image:
+    if arguments.image:
+        for name in dict.fromkeys(names):
             unread = classify_photos(name, arguments, device)  # the same photos for every model
-            continue
+        if unread:
+            raise SystemExit(f"{unread} files could not be read, see above")
+        return
+    for name in dict.fromkeys(names):
         evaluation = evaluate_run(name, split, arguments, device)
         low, high = evaluation["interval_95"]
         print(
             f"{name}  {split} accuracy {evaluation['accuracy']:.1%} "
             f"(95% interval {low:.1%} to {high:.1%})"
         )
-    if unread:
-        raise SystemExit(f"{unread} files could not be read, see above")
     if arguments.chosen:
         summary = summarise(arguments.output)
         summary["comparisons"] = compare(summary["models"], arguments.output)

@@ -79,7 +79,8 @@ class FrozenLoader:
 class FeatureLoader:
     """A data.Loader that yields stored features instead of photos: the same order and views.
 
-    features: half [views, N, ...], output of the frozen part; yields (float32 [B, ...], labels).
+    features: half [views, N, ...], output of the frozen part, as many views as loader.views (one
+    without an Augmentation); yields (float32 [B, ...], labels).
     """
 
     def __init__(self, loader, features):
@@ -113,8 +114,10 @@ def compute_features(frozen, loader, views, context):
                 shape = (views, len(everything), *output.shape[1:])
                 features = torch.zeros(shape, dtype=torch.half, device=output.device)
             features[view, index] = output.half()
-        if data.processes()[1] > 1:  # the others' photos are still zero here
-            dist.all_reduce(features[view])
+        _, count = data.processes()
+        if count > 1:  # the others' photos are still zero here
+            with engine.together():
+                dist.all_reduce(features[view])
     return features
 
 

@@ -50,7 +50,7 @@ class PlainCNN(nn.Module):
 
     def forward(self, images):
         x = images
-        for index in range(5):
+        for index in range(len(self.convolutions)):
             x = self.block(index, x)
         x = x.mean((2, 3))  # global average: [B, 384]
         x = F.relu(self.fc1(self.dropout(x)))
@@ -79,7 +79,8 @@ SCRATCH = {"plain": PlainCNN, "residual": ResidualCNN}
 
 
 class Backbone(nn.Sequential):
-    """A pre-trained network as a straight sequence of blocks, from images to logits."""
+    """A pre-trained network as a straight sequence of blocks: float [B, 3, H, W] -> logits float
+    [B, classes]."""
 
     def train(self, mode=True):
         """Like nn.Module.train, but frozen batch norm stays in eval mode: its statistics stay."""
@@ -91,7 +92,10 @@ class Backbone(nn.Sequential):
         return self
 
     def first_trained(self):
-        """Index of the first block that differs from step to step: trained, or dropout."""
+        """Index of the first block that differs from step to step: trained, or dropout.
+
+        Raises ValueError if nothing is trained.
+        """
         for index, block in enumerate(self):
             if isinstance(block, nn.Dropout) or any(p.requires_grad for p in block.parameters()):
                 return index
@@ -124,7 +128,7 @@ def build_backbone(name, classes, weights="IMAGENET1K_V1", unfreeze_convolutions
     convolutions = main_convolutions(model)
     if unfreeze_convolutions > len(convolutions):
         raise SystemExit(f"--unfreeze-convolutions: {name} has only {len(convolutions)}.")
-    for layers in convolutions[::-1][:unfreeze_convolutions]:  # from the last one backwards
+    for layers in convolutions[len(convolutions) - unfreeze_convolutions :]:  # the last ones
         for layer in layers:
             layer.requires_grad_(True)
     return model

@@ -109,18 +109,20 @@ def draw_curves(path, who, lines, runs, column_key, row_key, headings):
                     panel.plot(range(1, len(values) + 1), values, **look, **style)
         own[first].set_title(f"{headings[seeds[0]['run']]}\n{outcome(seeds)}")
     # A diverged run must not flatten all others: cut at twice the loss of guessing evenly.
-    top = 2 * math.log(max(2, len(runs[lines[0]["run"]]["data"]["classes"])))
-    title = f"{who}: learning curves; the dot marks the best epoch by validation accuracy"
-    if max(panel.get_ylim()[1] for panel in axes[1::2, 0]) > top:
-        title += f" (loss cut at {top:.1f})"
-    for above, below in zip(axes[::2, 0], axes[1::2, 0], strict=True):
+    top, cut = 2 * math.log(len(runs[lines[0]["run"]]["data"]["classes"])), ""
+    for index in range(len(rows)):
+        above, below = axes[2 * index, 0], axes[2 * index + 1, 0]
         above.set(ylabel="accuracy", ylim=(0, 1.02), yticks=[0, 0.25, 0.5, 0.75, 1])
         above.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        below.set(ylabel="loss", ylim=(0, min(top, below.get_ylim()[1])))
+        highest = below.get_ylim()[1]
+        if highest > top:
+            cut = f" (loss cut at {top:.1f})"
+        below.set(ylabel="loss", ylim=(0, min(top, highest)))
     for panel in axes[-1]:
         panel.set_xlabel("epoch")
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     figure.align_ylabels()
+    title = f"{who}: learning curves; the dot marks the best epoch by validation accuracy{cut}"
     save(figure, path, title, TRAINING, VALIDATION)
 
 
@@ -464,9 +466,9 @@ def draw_all(output, data):
     for stage in ("grid", "transfer", "models"):
         if not summary[stage]:
             print(f"skipped the figures of `{stage}`: summary.json lists no run of it yet")
-    settings = {line["run"]: setting_name(line) for line in grid}
+    headings = {line["run"]: setting_name(line) for line in grid}
     for (model,), lines in group(grid, "model").items():
-        draw_curves(figures / f"curves_{model}.png", model, lines, runs, *SETTING, settings)
+        draw_curves(figures / f"curves_{model}.png", model, lines, runs, *SETTING, headings)
         draw_overlay(figures / f"settings_{model}.png", model, lines, runs)
     if grid:
         draw_grid(figures / "grid_heatmap.png", grid)

@@ -227,7 +227,7 @@ if [[ ! $JOBS ]]; then
 fi
 STUDY_START=$(date +%s)
 FAILED=$(mktemp)
-trap 'rm -f "$FAILED"' EXIT
+trap 'rm -f "$FAILED"*' EXIT
 export OUT GPUS STUDY_RUNS STUDY_START FAILED
 python() { command "$PYTHON" "$@"; }  # also if it is called python
 train_line() {  # the first command that fails ends the others, which go on at the next call
@@ -235,13 +235,11 @@ train_line() {  # the first command that fails ends the others, which go on at t
     IFS=, read -ra visible <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((GPUS - 1)))}"
     export CUDA_VISIBLE_DEVICES=${visible[${SLOT:-0} % GPUS]}
   fi
-  local log
-  log=$(mktemp)
+  local log=$FAILED.$BASHPID
   if ! eval "$1" 2>&1 | tee "$log"; then
     { echo "failed: $1"; tail -n 3 "$log"; } > "$FAILED"
     kill -TERM 0
   fi
-  rm "$log"
 }
 export -f python train_line
 slot=--process-slot-var=SLOT  # GNU's xargs alone has it; without, all commands share a GPU
@@ -276,5 +274,5 @@ run "$PYTHON" tools/report.py --output "$OUT"
 
 stage "done: read $OUT/report.pdf or report.md"
 if [[ $DEMO ]]; then announce_demo; fi
-# The key of a run, which JSON here indents by one space; a class may be called so too.
-! grep -q '^ "failed":' "$OUT"/runs/*.json || fail "some runs failed, see above; the rest is complete"
+# The summary knows which runs are the study's; JSON here indents its keys by one space.
+grep -q '^ "failed": \[\]' "$OUT/summary.json" || fail "some runs failed, see above; the rest is complete"

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Parser, number, read_runs
+from common import Parser, number, read_runs, split_folder
 
 import data
 import evaluate
@@ -30,11 +30,14 @@ from tools.prepare import check, draw_demo
 
 def link_photos(source, target, factor):
     """Make `target` a data folder with `factor` links to each photo of the data folder `source`."""
-    for photo in Path(source).glob("*/*/*"):
-        folder = Path(target, *photo.parts[-3:-1])
-        folder.mkdir(parents=True, exist_ok=True)
-        for copy in range(factor):
-            (folder / f"{copy}-{photo.name}").symlink_to(photo.resolve())
+    _, files, _ = data.list_photos(source)  # exits with one line if it is no data folder
+    for split, names in files.items():
+        for name in names:
+            photo = split_folder(source, split) / name
+            folder = Path(target, split, photo.parent.name)
+            folder.mkdir(parents=True, exist_ok=True)
+            for copy in range(factor):
+                (folder / f"{copy}-{photo.name}").symlink_to(photo.resolve())
 
 
 def memory():
@@ -110,7 +113,6 @@ def main(argv=None):
     flag("--factors", type=count, nargs="+", default=[1, 10, 100], help="how often each photo")
     flag("--image-size", type=count, default=96, help="of the network trained from scratch")
     flag("--epochs", type=count, default=2, help="of training; the last one is told")
-    flag("--without-fine-tuning", action="store_true", help="leave the last two lines out")
     flag("--weights", default="none", help="of MobileNetV2; a name, a file or none")
     flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     arguments = parser.parse_args(argv)
@@ -118,13 +120,12 @@ def main(argv=None):
         source, flags = arguments.data or f"{folder}/photos", ["--device", arguments.device]
         if not arguments.data:
             draw_demo(Path(source), {"train": 200, "validation": 25, "test": 25}, size=256)
-        data.list_photos(source)  # exits with one line if it is no data folder
         for factor in arguments.factors:
             directory, place = f"{folder}/{factor}", f"{folder}/grown-{factor}"
             link_photos(source, directory, factor)
             for step in (look_over, grow, measure_test):
                 print_alone(step, directory, place, flags, arguments)
-        for budget in () if arguments.without_fine_tuning else (4, 0):
+        for budget in (4, 0):
             tuning = [*flags, "--weights", arguments.weights]
             print_alone(tune, source, f"{folder}/tuned-{budget}", tuning, budget)
 

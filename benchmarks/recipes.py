@@ -4,7 +4,7 @@
     python benchmarks/recipes.py --data food11 --recipes plain residual --seeds 0 1 2 3 4
 
 "plain" and "residual" are train_scratch.py with its defaults and the learning rate and batch size
-given here. "published" is what most published solutions of this task do: a plain CNN of the same
+given here. "published" is a recipe found in solutions of this task: a plain CNN of the same
 five widths, flattened into a 1024-wide FC layer with dropout 0.5, Adam at a constant 0.0001,
 batches of 32, flips and rotations up to 20 degrees, 50 epochs, the best epoch by validation.
 Finished runs are kept in --output and not trained again.
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import Parser, add_place_flags, number, write_json
 
+import numpy as np
 import torch.nn.functional as F
 from torch import nn
 
@@ -66,15 +67,11 @@ def compare(names, photos, splits, output):
     """Print and return a dict for each recipe; names: recipe -> names of its runs, by seed."""
     rows, first = [], None
     for recipe, trained in names.items():
-        tables = []
+        right = []
         for name in trained:
-            table = {}
-            for split in splits:
-                evaluation = evaluate.read_evaluation(output, name, split)
-                for file, right in evaluate.right_photos(evaluation).items():
-                    table[f"{split}/{file}"] = right
-            tables.append(table)
-        right = evaluate.stack_photos(tables)  # bool [seeds, photos]
+            evaluations = [evaluate.read_evaluation(output, name, split) for split in splits]
+            right.append(np.concatenate([evaluate.right_photos(one) for one in evaluations]))
+        right = np.array(right)  # bool [seeds, photos]
         first = right if first is None else first
         difference, accuracy = evaluate.paired_difference(right, first), float(right.mean())
         row = {

@@ -70,6 +70,15 @@ def test_more_processes_than_photos_in_a_step_are_refused(photos):
     assert job.returncode != 0 and "a larger --batch-size" in err
 
 
+def test_what_the_first_process_refuses_is_one_line_of_all(photos):
+    train_scratch.main(["--data", str(photos), *TINY, "--epochs", "1", "--name", "mine"])
+    flags = [*TINY, "--epochs", "2", "--name", "mine"]
+    with torchrun(2, "train_scratch.py", photos, *flags) as job:
+        _, err = job.communicate(timeout=120)
+    assert job.returncode != 0 and "is a run with other epochs" in err
+    assert "of_first_process" not in err  # no traceback of ours
+
+
 def test_two_processes_train_from_scratch_to_the_same_accuracy(photos):
     flags = [*TINY, "--weight-decay", "0.01", "--seed", "0", "1"]
     run(2, "train_scratch.py", photos, *flags)

@@ -305,15 +305,18 @@ def test_nothing_finished_is_overwritten(photos):
     assert len(common.read_runs("results")["mine"]["history"]) == 1
 
 
-def test_a_gpu_without_memory_is_one_line_that_says_what_helps(photos, monkeypatch, capsys):
-    def full(*_):
+def test_a_device_without_memory_is_one_line_that_says_what_helps(photos, monkeypatch, capsys):
+    def full_gpu(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB ...")
 
-    monkeypatch.setattr(engine, "train_one_epoch", full)
+    def full_cpu(*_):
+        torch.zeros(2**52)
+
+    monkeypatch.setattr(engine, "train_one_epoch", full_gpu)
     with pytest.raises(torch.OutOfMemoryError) as in_training:
         train(photos)
-    monkeypatch.setattr(finetune, "compute_features", full)
-    with pytest.raises(torch.OutOfMemoryError) as in_features:
+    monkeypatch.setattr(finetune, "compute_features", full_cpu)
+    with pytest.raises(RuntimeError) as in_features:
         finetune.main(["--data", str(photos), *FINETUNE])
     capsys.readouterr()
     for raised in (in_training, in_features):  # what Python calls as a script ends

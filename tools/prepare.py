@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import socket
-import stat
 import sys
 import tempfile
 import urllib.request
@@ -91,9 +90,7 @@ def new_folder(target):
         shutil.rmtree(unfinished, ignore_errors=True)  # a killed process had the same number
         unfinished.mkdir(parents=True)
         yield unfinished
-        if target.exists():
-            target.rmdir()  # an empty folder; Windows would not rename over it
-        os.rename(unfinished, target)
+        os.rename(unfinished, target)  # an empty folder gives way
     except OSError as error:
         reason = error.strerror or error
         raise SystemExit(f"{target}: cannot be written ({reason}). Choose another place.") from None
@@ -101,7 +98,7 @@ def new_folder(target):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def count_photos(folder):
+def count_files(folder):
     """Return {split: {class: number of files}} of the three splits, without hidden files."""
     found = [photo.parts[-3:-1] for photo in sorted(folder.glob("*/*/[!.]*"))]
     return {s: Counter(name for split, name in found if split == s) for s in data.SPLITS}
@@ -111,8 +108,9 @@ def unpack_archive(archive, target, counts=COURSE_COUNTS, classes=11):
     """Unpack {train,validation,test}/<class>/<photo> of a zip file into the new folder `target`.
 
     A folder around the splits is taken off; whatever is not such a photo is left out. Raises
-    ValueError if it is far too large, a member is a link or leads out, or if there are not exactly
-    `classes` classes, the same in every split, with `counts` photos a split.
+    ValueError if it is far too large, a photo's path leads out, or if there are not exactly
+    `classes` classes, the same in every split, with `counts` photos a split. Links in it become
+    files that hold a path, which are no photos.
     """
     with zipfile.ZipFile(archive) as bundle, new_folder(target) as folder:
         unpacked = sum(member.file_size for member in bundle.infolist())
@@ -120,9 +118,8 @@ def unpack_archive(archive, target, counts=COURSE_COUNTS, classes=11):
             raise ValueError(f"it would unpack to {unpacked:,} bytes")
         for member in bundle.infolist():
             path = PurePosixPath(member.filename)
-            outside = path.is_absolute() or ".." in path.parts or set(member.filename) & set("\\:")
-            if outside or stat.S_ISLNK(member.external_attr >> 16):
-                raise ValueError(f"{member.filename!r} in it is a link or leads out of the folder")
+            if ".." in path.parts:
+                raise ValueError(f"{member.filename!r} in it leads out of the folder")
             if len(path.parts) < 3 or path.parts[0] == "__MACOSX" or not data.has_photo_name(path):
                 continue
             if path.parts[-3] in counts:
@@ -130,7 +127,7 @@ def unpack_archive(archive, target, counts=COURSE_COUNTS, classes=11):
                 photo.parent.mkdir(parents=True, exist_ok=True)
                 with bundle.open(member) as packed, open(photo, "wb") as file:
                     shutil.copyfileobj(packed, file)
-        found = count_photos(folder)
+        found = count_files(folder)
         totals = {split: sum(found[split].values()) for split in counts}
         names = {tuple(found[split]) for split in counts}
         if totals != counts or len(names) != 1 or len(found["train"]) != classes:
@@ -253,7 +250,7 @@ def draw_demo(target, per_split=DEMO_COUNTS, size=96, seed=0):
     The same arguments give the same bytes. A complete set is left alone; exits with one line if
     `target` holds anything else.
     """
-    if count_photos(target) == {s: dict.fromkeys(DISHES, n) for s, n in per_split.items()}:
+    if count_files(target) == {s: dict.fromkeys(DISHES, n) for s, n in per_split.items()}:
         return
     with new_folder(target) as folder:
         for split, count in per_split.items():
@@ -417,7 +414,7 @@ def check(directory, sheet):
     classes, files, ignored = data.list_photos(directory)
     width = max(len(name) for name in classes) + 2
     print(f"{'class':{width}}" + "".join(f"{split:>12}" for split in files))
-    counts = [Counter(name.split("/")[0] for name in names) for names in files.values()]
+    counts = [data.count_photos(names) for names in files.values()]
     for name in classes:
         print(f"{name:{width}}" + "".join(f"{count[name]:12}" for count in counts))
     print(f"{'all':{width}}" + "".join(f"{count.total():12}" for count in counts))

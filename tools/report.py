@@ -190,8 +190,8 @@ def in_short(summary, best, verdicts):
 def how_to_read(rows):
     """What the numbers of all tables of results mean."""
     text = """Brackets are 95% intervals for other photos. Validation accuracies have none: these
-photos chose epoch, setting and model, so that they flatter them. Gap is validation minus test
-accuracy, in points."""
+photos chose epoch, setting and model, so accuracies on them are too high. Gap is validation minus
+test accuracy, in points."""
     counts = sorted({len(row["seeds"]) for row in rows})
     if counts[-1] > 1:
         several = listing([str(count) for count in counts if count > 1])
@@ -320,18 +320,20 @@ with; only the skip sets them apart."""
 from the second block on, with zeros for the channels that are new:
 
 {code(models.ResidualCNN.block)}"""
+    blocks = f"""A block is convolution, 2 x 2 max pooling, batch normalisation and ReLU, five
+times; the mean over all positions goes into the fully connected layers. Pooling halves the side of
+the feature maps, so that each block sees twice as far and may have twice the channels at the same
+cost. Batch normalisation keeps the scale of each channel steady, so that a high learning rate
+works.
+
+{code(plain.__init__, plain.block, plain.forward)}"""
     return f"""## Part 1: networks from scratch
 
 {same if len(names) == 1 and set(trained) == {"plain", "residual"} else ""}
 
 {layers}
 
-A block is convolution, 2 x 2 max pooling, batch normalisation and ReLU, five times; the mean over
-all positions goes into the fully connected layers. Pooling halves the side of the feature maps, so
-that each block sees twice as far and may have twice the channels at the same cost. Batch
-normalisation keeps the scale of each channel steady, so that a high learning rate works.
-
-{code(plain.__init__, plain.block, plain.forward)}
+{blocks if {"plain", "residual"} & set(trained) else ""}
 
 {skip if "residual" in trained else ""}
 
@@ -444,11 +446,18 @@ def what_the_gap_is(rows, runs):
         ]
         picked.append(f"{100 * np.mean(gains):.1f} ({row['label']})")
     validation, test = (sum(counts[split].values()) for split in ("validation", "test"))
+    gaps = []
+    for row in rows:
+        if row["fresh_test_accuracy"] is not None:
+            gap = row["fresh_validation_accuracy"] - row["fresh_test_accuracy"]
+            gaps.append(f"{100 * gap:.1f} ({row['label']})")
+    fresh = f"Of the fresh seeds alone the gap is {listing(gaps)} points." if gaps else ""
     middle = np.mean([row["validation_accuracy"] for row in rows])
     luck = np.hypot(half_width(validation, middle), half_width(test, middle))
     return f"""The gap is the optimism of choosing, the epoch and the setting, plus the luck of two
 samples of photos, which is within {luck:.0f} points either way in 95 of 100 studies. The best epoch
-is above the last one by {listing(picked)} points on validation: part of that is optimism."""
+is above the last one by {listing(picked)} points on validation: part of that is optimism.
+{fresh}"""
 
 
 def scratch(summary, runs, dropout):
@@ -553,7 +562,8 @@ def towards_frequent(matrix, data):
     if gained + lost == 0 or not measured_alike:
         return ""
     return f"""Of its {gained + lost} mistakes between classes with unequal numbers of photos to
-train {gained} take the rarer class for the more frequent one, where half would be even."""
+train, all seeds together, {gained} take the rarer class for the more frequent one, where half would
+be even."""
 
 
 def weights_of(run):
@@ -653,31 +663,48 @@ def why_more_layers(rows, runs):
 its lowest) while nearly all training photos are known, the network overfits."""
 
 
+def sizes_of(summary, label):
+    """The rows of one network in the summary's `sizes`, the smallest number of photos first."""
+    return [row for row in summary["sizes"] if row["label"] == label]
+
+
+def points_per_doubling(less, more):
+    """Test accuracy of a row over that of one on fewer photos, in points for each doubling."""
+    doublings = np.log2(more["photos_per_class"] / less["photos_per_class"])
+    return 100 * (more["test_accuracy"] - less["test_accuracy"]) / doublings
+
+
+def span(points):
+    """Lowest and highest of some differences, such as +9.0 to +11.7; one number if they agree."""
+    low, high = f"{min(points):+.1f}", f"{max(points):+.1f}"
+    return low if low == high else f"{low} to {high}"
+
+
 def sizes(summary, runs, best):
     """What more training photos are worth; "" if that was not measured."""
     if not summary["slopes"]:
         return ""
-    of_label = plot.group(summary["sizes"], "label")
     counts = sorted({round(row["photos_per_class"]) for row in summary["sizes"]})
-    lines, slopes = [], {"scratch": [], "finetune": []}
+    lines = []
+    slopes, first_steps, last_steps = ({"scratch": [], "finetune": []} for _ in range(3))
     for line in summary["slopes"]:
-        rows, cells = of_label[line["label"],], dict.fromkeys(counts, "")
+        rows, cells = sizes_of(summary, line["label"]), dict.fromkeys(counts, "")
         for row in rows:
             cells[round(row["photos_per_class"])] = f"{row['test_accuracy']:.1%}"
-        slope, low, high = (
-            f"{100 * value:+.1f}" for value in (line["slope"], *line["interval_95"])
-        )
-        lines.append((line["label"], *cells.values(), slope, f"{low} to {high}"))
-        slopes[rows[0]["kind"]].append(100 * line["slope"])
+        slope, (low, high) = 100 * line["slope"], line["interval_95"]
+        interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
+        lines.append((line["label"], *cells.values(), f"{slope:+.1f}", interval))
+        kind = rows[0]["kind"]
+        slopes[kind].append(slope)
+        first_steps[kind].append(points_per_doubling(*rows[:2]))
+        last_steps[kind].append(points_per_doubling(*rows[-2:]))
     worth = [
-        f"{min(points):+.1f} to {max(points):+.1f} points to networks {networks}"
-        for points, networks in (
-            (slopes["scratch"], "from scratch"),
-            (slopes["finetune"], "that are fine-tuned"),
-        )
-        if points
+        f"{span(slopes[kind])} points to networks {networks} (from the two smallest numbers of "
+        f"photos {span(first_steps[kind])}, from the two largest {span(last_steps[kind])})"
+        for kind, networks in (("scratch", "from scratch"), ("finetune", "that are fine-tuned"))
+        if slopes[kind]
     ]
-    rows = of_label[summary["slopes"][0]["label"],]
+    rows = sizes_of(summary, summary["slopes"][0]["label"])
     less, more = (runs[row["runs"][0]]["data"]["counts"]["train"] for row in rows[-2:])
     unchanged, rarer = sum(more[name] == less[name] for name in more), ""
     if unchanged:
@@ -690,8 +717,9 @@ line over the logarithm of the number of photos."""
     return f"""## How many photos does it take?
 
 Twice as many photos, and with them twice as many steps in as many epochs, are worth on average
-{listing(worth)}. {catch_up(summary, best)} {rarer} Measured with one seed; the intervals hold for
-other test photos, not for other seeds. What lies beyond these numbers was not measured.
+{listing(worth)}. {catch_up(summary, best)} {rarer} Measured with one seed, at the settings that
+were chosen with all photos; the intervals hold for other test photos, not for other seeds. What
+lies beyond these numbers was not measured.
 
 {table(head, lines, caption)}
 
@@ -703,11 +731,8 @@ def catch_up(summary, best):
     measured = [row["label"] for row in summary["slopes"]]
     if len(best) < 2 or not all(row["label"] in measured for row in best.values()):
         return ""
-    scratch, finetuned = (
-        [row for row in summary["sizes"] if row["label"] == best[kind]["label"]]
-        for kind in ("scratch", "finetune")
-    )
-    most, fewest = scratch[-1], finetuned[0]
+    most = sizes_of(summary, best["scratch"]["label"])[-1]
+    fewest = sizes_of(summary, best["finetune"]["label"])[0]
     return f"""With {fewest["photos_per_class"]:.0f} photos a class {fewest["label"]} is right on
 {evaluate.format_accuracy(fewest, "test")} of the test photos, {most["label"]} with
 {most["photos_per_class"]:.0f} on {evaluate.format_accuracy(most, "test")}."""
@@ -722,7 +747,7 @@ def by_class(best, runs, output):
             continue
         split, counts = evaluations[0]["split"], runs[row["runs"][0]]["data"]["counts"]["train"]
         names.append(row["label"])
-        head += ["recall", "precision", "F1"]
+        head += [f"{network_of(row['label'])}: recall", "precision", "F1"]
         for key in ("recall", "precision", "f1"):
             columns.append(
                 {

@@ -67,7 +67,7 @@ def add_training_flags(parser):
     flag("--batch-size", type=number(int, 1), nargs="+", default=[64], help="photos per step")
     flag("--train-photos", type=number(int, 0), default=0, help="most photos of a class; 0: all")
     flag("--seed", type=number(int, 0, 2**31), nargs="+", default=[0], help="random seed")
-    flag("--best-of-grid", action="store_true", help="learning rate and batch size of the best run")
+    flag("--best-of-grid", action="store_true", help="take rate and batch size of the best run")
     flag(
         "--schedule",
         choices=("linear", "constant"),

@@ -8,6 +8,7 @@
 #   bash run_all.sh --share 2/4          train the second of four shares and stop there: the others
 #                                        are for other machines, a plain call for the end
 #
+# Settings are environment variables (EPOCHS, IMAGE_SIZE, SEEDS, JOBS...), at the top of run_all.sh.
 # Stop it whenever you like: what is finished is kept, and the next call goes on from there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -60,7 +61,7 @@ case "${1:-}" in
   --demo) use_demo ;;
   --list) LIST=yes ;;
   --share) SHARE=${2:-none}; shift ;;
-  --help|-h) sed -n '2,11s/^# \{0,1\}//p' run_all.sh; exit 0 ;;
+  --help|-h) sed -n '2,12s/^# \{0,1\}//p' run_all.sh; exit 0 ;;
   *) fail "unknown argument $1; there are --demo, --list, --share and --help" ;;
 esac
 if [[ $SHARE ]]; then

@@ -38,7 +38,7 @@ def build_parser():
     flag("--flip", type=share, default=0.5, help="probability of a mirrored photo")
     flag("--cutmix", type=share, default=0.5, help="probability that a batch is mixed by CutMix")
     flag("--sam-share", type=share, default=0.4, help="of the epochs, at the end, trained by SAM")
-    flag("--sam-radius", type=number(float, 0), default=0.1, help="length of its step uphill")
+    flag("--sam-radius", type=number(float, 0), default=0.1, help="SAM's step uphill; 0: no SAM")
     flag("--logit-adjustment", type=number(float, 0), default=1.0, help="for rare classes; 0: none")
     return parser
 

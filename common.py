@@ -213,6 +213,10 @@ def best_models(models):
     return best
 
 
+# What torch says of it, which has a type of its own for CUDA alone (2.6 to 2.14), and numpy.
+OUT_OF_MEMORY = "out of memory|can't allocate|Unable to allocate|ALLOC_FAILED"
+
+
 def show_uncaught(kind, error, traceback):
     """What Python prints when a script ends by an exception: one line where that says all."""
     if issubclass(kind, KeyboardInterrupt):
@@ -220,8 +224,7 @@ def show_uncaught(kind, error, traceback):
             print("\ninterrupted. Start again to go on from the last stored epoch", file=sys.stderr)
     elif issubclass(kind, BrokenPipeError):  # who read our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    elif re.search("out of memory|can't allocate|Unable to allocate|ALLOC_FAILED", str(error)):
-        # torch has a type of its own for it on CUDA alone
+    elif issubclass(kind, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
         print(
             "out of memory: choose a smaller --batch-size, --image-size or --feature-memory, or "
             "fewer runs at a time (JOBS)",

@@ -299,7 +299,7 @@ def join_processes(device, threads):
     local_rank, local_count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if device.type not in ("cpu", "cuda"):
         raise SystemExit(
-            f"torchrun: processes can't exchange gradients on {device.type}; give cpu."
+            f"torchrun: processes can't exchange gradients on {device.type}: --device cpu."
         )
     torch.set_num_threads(max(1, threads // local_count))
     if device.type == "cuda":

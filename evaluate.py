@@ -439,15 +439,16 @@ def model_row(runs, choosing, output):
         "trainable_parameters": runs[0]["model"]["trainable_parameters"],
         "seconds": min(run["seconds"] for run in runs),
     }
+    fresh = [seeds.index(seed) for seed in row["fresh_seeds"]]
+    if fresh:
+        row["fresh_validation_accuracy"] = mean(validation[i] for i in fresh)
     if measured:
         test = [evaluation["accuracy"] for evaluation in evaluations]
         row["test_accuracy"], row["test_spread"] = mean(test), spread(test)
         test_photos = len(evaluations[0]["predictions"])
         row["test_interval_95"] = list(wilson_interval(mean(test), test_photos))
         row["gap"] = mean(validation) - mean(test)
-        if row["fresh_seeds"]:
-            fresh = [seeds.index(seed) for seed in row["fresh_seeds"]]
-            row["fresh_validation_accuracy"] = mean(validation[i] for i in fresh)
+        if fresh:
             row["fresh_test_accuracy"] = mean(test[i] for i in fresh)
     return row
 

@@ -236,7 +236,7 @@ train_line() {  # the first command that fails ends the others, which go on at t
     IFS=, read -ra visible <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((GPUS - 1)))}"
     export CUDA_VISIBLE_DEVICES=${visible[${SLOT:-0} % GPUS]}
   fi
-  local log=$FAILED.$BASHPID
+  local log=$FAILED.$$
   if ! eval "$1" 2>&1 | tee "$log"; then
     { echo "failed: $1"; tail -n 3 "$log"; } > "$FAILED"
     kill -TERM 0

@@ -91,6 +91,14 @@ def test_a_second_start_reads_the_map(photos):
     assert data.load_split(photos, "train", 40).images.shape == (42, 3, 40, 40)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux alone has this list")
+def test_the_map_promises_no_memory_so_that_it_may_exceed_it(photos):
+    split = data.load_split(photos, "train", 32)  # in use while the list is read
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    assert {words[1] for words in maps if words[-1].endswith(".pixels")} == {"r--s"}
+    assert len(split.images) == 42
+
+
 def test_a_changed_photo_is_noticed_though_size_and_time_are_set_back(copy):
     first = data.load_split(copy, "train", 32)
     photo, white = copy / "train" / "red" / "0.jpg", copy / "white.jpg"

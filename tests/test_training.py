@@ -319,7 +319,9 @@ def test_a_device_without_memory_is_one_line_that_says_what_helps(photos, monkey
     with pytest.raises(RuntimeError) as in_features:
         finetune.main(["--data", str(photos), *FINETUNE])
     capsys.readouterr()
-    for raised in (in_training, in_features):  # what Python calls as a script ends
+    with pytest.raises(MemoryError) as in_python:
+        bytearray(2**60)
+    for raised in (in_training, in_features, in_python):  # what Python calls as a script ends
         sys.excepthook(raised.type, raised.value, raised.tb)
         message = capsys.readouterr().err
         assert message.startswith("out of memory: choose a smaller --batch-size")

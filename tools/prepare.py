@@ -110,7 +110,7 @@ def unpack_archive(archive, target, counts=COURSE_COUNTS, classes=11):
     A folder around the splits is taken off; whatever is not such a photo is left out. Raises
     ValueError if it is far too large, a photo's path leads out, or if there are not exactly
     `classes` classes, the same in every split, with `counts` photos a split. Links in it become
-    files that hold a path, which are no photos.
+    files that hold a path: counted here, unreadable to the check of the photos.
     """
     with zipfile.ZipFile(archive) as bundle, new_folder(target) as folder:
         unpacked = sum(member.file_size for member in bundle.infolist())

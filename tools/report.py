@@ -676,7 +676,7 @@ def points_per_doubling(less, more):
 
 def span(points):
     """Lowest and highest of some differences, such as +9.0 to +11.7; one number if they agree."""
-    low, high = f"{min(points):+.1f}", f"{max(points):+.1f}"
+    low, high = (f"{round(value, 1) + 0:+.1f}" for value in (min(points), max(points)))  # no -0.0
     return low if low == high else f"{low} to {high}"
 
 

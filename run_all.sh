@@ -39,7 +39,7 @@ fail() { echo "run_all.sh: $*" >&2; exit 1; }
 stage() { printf '\n== %s (%d s) ==\n' "$1" "$SECONDS"; }
 
 use_demo() {
-  DEMO=yes DATA=demo OUT=${OUT%/}/demo EPOCHS=4 IMAGE_SIZE=64 FINETUNE_IMAGE_SIZE=96
+  DEMO=yes DATA=demo OUT=${OUT%/}/demo EPOCHS=4 IMAGE_SIZE=48 FINETUNE_IMAGE_SIZE=96
   FC_LEARNING_RATES="0.001 0.004" LAST2_LEARNING_RATES="0.001 0.004" WEIGHTS=none
 }
 announce_demo() {

@@ -168,8 +168,10 @@ def test_a_failure_stops_the_study_with_its_reason_and_the_rest_goes_on_later(cl
     (clone / "out/runs").mkdir(parents=True)
     taken = clone / "out/runs" / "plain-lr0.01-bs14-seed0-epochs2-imagesize32.json"
     taken.write_text("{}")
-    result = run_all(clone, **SMALL)
-    assert result.returncode != 0
+    temporary = clone / "temporary"
+    temporary.mkdir()
+    result = run_all(clone, **SMALL, TMPDIR=str(temporary))
+    assert result.returncode != 0 and not list(temporary.glob("tmp.*"))
     assert "failed: python train_scratch.py" in result.stderr and taken.name in result.stderr
     assert not list((clone / "out/runs").glob("*dropout0.2-seed*")) and not training(clone)
     taken.unlink()

@@ -32,8 +32,9 @@ def link_photos(source, target, factor):
     """Make `target` a data folder with `factor` links to each photo of the data folder `source`."""
     _, files, _ = data.list_photos(source)  # exits with one line if it is no data folder
     for split, names in files.items():
+        photos = split_folder(source, split)
         for name in names:
-            photo = split_folder(source, split) / name
+            photo = photos / name
             folder = Path(target, split, photo.parent.name)
             folder.mkdir(parents=True, exist_ok=True)
             for copy in range(factor):

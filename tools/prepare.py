@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import socket
+import stat
 import sys
 import tempfile
 import urllib.request
@@ -108,9 +109,8 @@ def unpack_archive(archive, target, counts=COURSE_COUNTS, classes=11):
     """Unpack {train,validation,test}/<class>/<photo> of a zip file into the new folder `target`.
 
     A folder around the splits is taken off; whatever is not such a photo is left out. Raises
-    ValueError if it is far too large, a photo's path leads out, or if there are not exactly
-    `classes` classes, the same in every split, with `counts` photos a split. Links in it become
-    files that hold a path: counted here, unreadable to the check of the photos.
+    ValueError if it is far too large, a member is a link or leads out, or if there are not exactly
+    `classes` classes, the same in every split, with `counts` photos a split.
     """
     with zipfile.ZipFile(archive) as bundle, new_folder(target) as folder:
         unpacked = sum(member.file_size for member in bundle.infolist())
@@ -118,8 +118,9 @@ def unpack_archive(archive, target, counts=COURSE_COUNTS, classes=11):
             raise ValueError(f"it would unpack to {unpacked:,} bytes")
         for member in bundle.infolist():
             path = PurePosixPath(member.filename)
-            if ".." in path.parts:
-                raise ValueError(f"{member.filename!r} in it leads out of the folder")
+            outside = path.is_absolute() or ".." in path.parts or set(member.filename) & set("\\:")
+            if outside or stat.S_ISLNK(member.external_attr >> 16):
+                raise ValueError(f"{member.filename!r} in it is a link or leads out of the folder")
             if len(path.parts) < 3 or path.parts[0] == "__MACOSX" or not data.has_photo_name(path):
                 continue
             if path.parts[-3] in counts:

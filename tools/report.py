@@ -57,9 +57,14 @@ def paragraph(*sentences):
     return " ".join(sentence for sentence in sentences if sentence)
 
 
+def together(seeds):
+    return f", {seeds} seeds together" if seeds > 1 else ""
+
+
 def half_width(photos, accuracy):
     """Half the 95% interval of an accuracy near `accuracy` on that many photos, in points."""
-    return 196 * (accuracy * (1 - accuracy) / photos) ** 0.5
+    low, high = evaluate.wilson_interval(accuracy, photos)
+    return 100 * (high - low) / 2
 
 
 def compared(summary, a, b):
@@ -90,17 +95,17 @@ def describe_pair(summary, a, b):
         apart = f"{abs(difference):.1f} points {'better' if difference > 0 else 'worse'} than"
     verdict = "" if line["different"] else ": this study can't tell them apart"
     return f"""On the same test photos {a} is {apart} {b} (95% interval {low:+.1f} to {high:+.1f},
-{probability(line["p_value"])}, {line["method"]}){verdict}."""
+p {probability(line["p_value"])}, {line["method"]}){verdict}."""
 
 
 def probability(p_value):
-    return f"p = {p_value:.2g}" if p_value >= 0.001 else "p < 0.001"
+    return f"= {p_value:.2g}" if p_value >= 0.001 else "< 0.001"
 
 
 def compare_pairs(summary, pairs, question):
     """What the paired tests decide of some pairs (a, b) of models: (sentence, table), or two "".
 
-    question: what the pairs are about, such as "Whether dropout helps". Of several pairs one may
+    question: what the pairs are about, such as "whether dropout helps". Of several pairs one may
     look decided by chance, so each must pass 0.05 divided by their number (Bonferroni).
     """
     found = [(a, b, compared(summary, a, b)) for a, b in pairs]
@@ -109,16 +114,18 @@ def compare_pairs(summary, pairs, question):
         return "", ""
     rows, decided, level = [], [], 0.05 / len(found)
     for a, b, (line, difference, low, high) in found:
-        interval, p_value = f"{low:+.1f} to {high:+.1f}", probability(line["p_value"])
+        interval = f"{low:+.1f} to {high:+.1f}"
+        p_value = probability(line["p_value"]).removeprefix("= ")
         rows.append((a, b, f"{difference:+.1f}", interval, p_value, line["method"]))
         if line["p_value"] < level:
             decided.append(f"{a} is {'better' if difference > 0 else 'worse'} than {b}")
-    number = len(decided) if decided else "none"
+    number = len(decided) if decided else "None"
     which = f": {'; '.join(decided)}." if decided else "."
-    sentence = f"{question} is decided in {number} of {len(rows)} paired comparisons{which}"
+    decide = "decide" if len(decided) > 1 else "decides"
+    sentence = f"{number} of {len(rows)} paired comparisons {decide} {question}{which}"
     head = "a", "against b", "a - b, points", "95% interval", "p", "method"
-    caption = "Differences in test accuracy on the same photos. Decided is what has "
-    caption += f"p < {level:.2g}"
+    caption = "Differences in test accuracy on the same photos. A pair counts as decided if "
+    caption += f"p < {level:.3g}"
     caption += ": 0.05 divided by the number of pairs." if len(rows) > 1 else "."
     return sentence, table(head, rows, caption)
 
@@ -161,9 +168,9 @@ def paired_verdicts(summary):
     labels = [row["label"] for row in summary["models"] if row["kind"] == "finetune"]
     cases = [(label, f"{network_of(label)} (FC only)") for label in labels]
     return (
-        compare_pairs(summary, dropout, "Whether dropout helps"),
-        compare_pairs(summary, backbones, "Whether the best backbone is better than the others"),
-        compare_pairs(summary, cases, "Whether training more than the last layer helps"),
+        compare_pairs(summary, dropout, "whether dropout helps"),
+        compare_pairs(summary, backbones, "whether the best backbone is better than the others"),
+        compare_pairs(summary, cases, "whether training more than the last layer helps"),
     )
 
 
@@ -189,19 +196,24 @@ def in_short(summary, best, verdicts):
 
 def how_to_read(rows):
     """What the numbers of all tables of results mean."""
-    text = """Brackets are 95% intervals for other photos. Validation accuracies have none: these
-photos chose epoch, setting and model, so accuracies on them are too high. Gap is validation minus
-test accuracy, in points."""
+    text = """Brackets are 95% intervals for other test photos, not for other seeds. Validation
+accuracies have none: these photos chose epoch, setting and model, so accuracies on them tend to be
+too high. Gap is validation minus test accuracy, in points."""
     counts = sorted({len(row["seeds"]) for row in rows})
     if counts[-1] > 1:
-        several = listing([str(count) for count in counts if count > 1])
+        several = " or ".join(str(count) for count in counts if count > 1)
         text += f" ± is the standard deviation over {several} seeds"
         text += "; there is one seed where it is missing." if counts[0] == 1 else "."
+    if counts[0] == 1:
+        text += """ A paired test of two models with one seed compares two runs: what it decides
+holds for other test photos, not for other seeds."""
     if any(row["fresh_seeds"] for row in rows):
         text += """ Fresh seeds had no part in choosing learning rate and batch size, so that their
 mean owes nothing to that choice."""
-    return f"""{text} Trained: parameters. Seconds: of the fastest run, features of frozen layers
-included."""
+    seconds = "of the fastest run"
+    if any(row["kind"] == "finetune" for row in rows):
+        seconds += ", features of frozen layers included"
+    return f"{text} Trained: number of parameters trained. Seconds: {seconds}."
 
 
 def results_table(rows, caption):
@@ -264,14 +276,14 @@ def photos(run):
     caption = "Photos of each class in each split."
     if len(rows) > 40:
         rows = sorted(rows, key=lambda row: row[1])[:20]
-        caption = "Photos in each split, of the 20 classes with the fewest to train."
+        caption = "Photos in each split, of 20 classes: none has fewer to train."
     return f"""## The photos
 
 {warning}
 
 {train + validation + test:,} photos of {len(classes)} classes: {train:,} to train, {validation:,}
 for every choice, {test:,} for the last measurement only. An accuracy near 80% on the test photos
-has a 95% interval of ±{half_width(test, 0.8):.0f} points.
+has a 95% interval of ±{half_width(test, 0.8):.2g} points.
 
 {table(("class", *counts), rows, caption)}"""
 
@@ -294,16 +306,24 @@ def architectures(run, trained):
     # Half of the mixed photos show more of the other one, which may be of the same class.
     by_heart = 1 - config["cutmix"] / 2 * (1 - (shares**2).sum())
     optimizer, end = config["optimizer"], "falls linearly to zero"
+    decay = f"Weight decay is {config['weight_decay']:g}"
     if optimizer == "muon":
         optimizer = """Muon: each update of a matrix is made nearly orthogonal, so that all its
 directions are learned at the same pace; AdamW at a tenth of the rate takes what is no matrix and
 the last layer"""
+        decay += ", for AdamW's part 0.01"
     if config["schedule"] == "constant":
         end = "stays"
-    flat, rare = "", ""
+    warmup = min(config["warmup_epochs"], config["epochs"] / 2)
+    mixed, flat, rare = "", "", ""
+    if config["cutmix"]:
+        mixed = f"""{config["cutmix"]:.0%} of the batches are mixed by CutMix: a square of each
+photo, of random size, is replaced by that of another one. A mixed photo has but one right answer,
+so that in training even a network that knows all photos by heart would hardly get beyond
+{by_heart:.0%}."""
     last = engine.sam_epochs(config)
     if last:
-        flat = f"""In {last} of the {config["epochs"]} epochs, the last, a step takes its gradients
+        flat = f"""In the last {last} of the {config["epochs"]} epochs a step takes its gradients
 where the loss is highest within a radius of {config["sam_radius"]:g} (SAM: Foret et al., ICLR 2021;
 late in training: Zhou et al., ICLR 2025). So it prefers minima that are flat, in which other photos
 find a low loss too, and costs a second pass."""
@@ -313,7 +333,6 @@ find a low loss too, and costs a second pass."""
         rare = f"""The loss expects each class as often as it is in validation, not as in training:
 {times}the logarithm of the ratio of its shares is added to its logit there (Menon et al., ICLR
 2021)."""
-    counted = paragraph(flat, rare, "Training accuracy is counted on these distorted photos,")
     same = """The two networks have the same layers, as many weights and the same ones to begin
 with; only the skip sets them apart."""
     skip = f"""The residual network adds the input of a block, pooled by the average, to its output,
@@ -339,14 +358,14 @@ works.
 
 Each run sees every photo {config["epochs"]} times and keeps the epoch that is best on validation.
 The loss is cross-entropy with label smoothing {config["label_smoothing"]:g}. The optimizer is
-{optimizer}. Weight decay is {config["weight_decay"]:g}. The learning rate rises over
-{config["warmup_epochs"]:g} epochs, then {end}. Each photo of a batch gets its own crop (at least
-{config["crop_scale"]:.0%} of the area), flip, rotation (up to {config["rotation"]:g} degrees) and
-colours. {config["cutmix"]:.0%} of the batches are mixed by CutMix: a square of each photo, of
-random size, is replaced by that of another one. {counted} and a mixed
-one has but one right answer there: even a network that knows all photos by heart would hardly get
-beyond {by_heart:.0%}. Training loss is of the distorted photos and has label smoothing in it,
-validation loss neither, so compare the course of the two, not their height.
+{optimizer}. {decay}; biases and batch norm have none. The learning rate rises over {warmup:g}
+epochs, then {end}. Each photo of a batch gets its own crop (at least {config["crop_scale"]:.0%} of
+the area), flip, rotation (up to {config["rotation"]:g} degrees) and colours.
+{paragraph(mixed, flat, rare)}
+
+Training loss and accuracy are of these distorted photos, the loss with label smoothing; validation
+loss and accuracy are of undistorted ones, without. So compare the course of the two, not their
+height.
 
 {code(engine.orthogonalise) if config["optimizer"] == "muon" else ""}
 
@@ -367,8 +386,10 @@ def grid_of(model, chosen, summary, runs):
     reached = low if low == high else f"{low} to {high}"
     means = []
     for key in plot.SETTING:
-        groups = sorted(plot.group(finished, key).items())
-        values = [f"{plot.mean_accuracy(own):.1%} ({value:g})" for (value,), own in groups]
+        values = []
+        for (value,), own in sorted(plot.group(lines, key).items()):
+            mean = plot.mean_accuracy(own)  # over all settings, or it compares different ones
+            values.append(f"{'failed in part' if np.isnan(mean) else f'{mean:.1%}'} ({value:g})")
         means.append(f"by {key.replace('_', ' ')} {', '.join(values)}")
     [row] = [row for row in summary["models"] if chosen["run"] in row["runs"]]
     chance = "With one seed it is open how much of this is chance."
@@ -376,7 +397,9 @@ def grid_of(model, chosen, summary, runs):
         chance = f"""By chance alone, from seed to seed, the chosen setting varies by
 {100 * row["validation_spread"]:.1f} points (standard deviation over {len(row["seeds"])} seeds)."""
     loss, overfits = overfitting(runs[chosen["run"]])
-    judgement = "it overfits" if overfits else "no sign of overfitting"
+    judgement = "no sign of overfitting (which would be a rise by more than 5%)"
+    if overfits:
+        judgement = "it overfits (a rise by more than 5%)"
     return f"""The {model} network reaches {reached} on validation, the best epoch of each setting;
 the means are {listing(means)}. {chance} Chosen: learning rate
 {chosen["learning_rate"]:g}, batch {chosen["batch_size"]}.
@@ -397,8 +420,8 @@ def grid(summary, runs):
     )
     failures, failed = summary["failed"], ""
     if failures:
-        rows = [(failure["run"], "failed", failure["reason"]) for failure in failures]
-        failed = table(("run", "outcome", "reason"), rows, "Runs that failed.")
+        rows = [(failure["run"], failure["reason"]) for failure in failures]
+        failed = table(("run", "reason"), rows, "Runs that failed.")
     return f"""## Learning rates and batch sizes
 
 {texts}
@@ -412,13 +435,14 @@ def grid(summary, runs):
 {apart}"""
 
 
-def at_equal_settings(summary):
+def at_equal_settings(summary, runs):
     """Sentences on validation accuracy at the settings of the grid, each network against the one
     before it."""
     lines = {}
     for line in summary["grid"]:
         if line["validation_accuracy"] is not None:
-            setting = line["learning_rate"], line["batch_size"], line["seed"]
+            settings = engine.settings(runs[line["run"]]["config"], ("model",))
+            setting = tuple(sorted(settings.items()))
             lines.setdefault(line["model"], {})[setting] = 100 * line["validation_accuracy"]
     sentences = []
     for (first, own), (second, other) in itertools.pairwise(lines.items()):
@@ -427,8 +451,8 @@ def at_equal_settings(summary):
             mean = np.mean(differences)
             sentences.append(
                 f"At equal settings {second} is on average {abs(mean):.1f} points "
-                f"{'above' if mean > 0 else 'below'} {first} on validation "
-                f"({min(differences):+.1f} to {max(differences):+.1f} in {len(differences)})."
+                f"{'below' if mean < 0 else 'above'} {first} on validation "
+                f"({span(differences)} in {len(differences)} pairs of runs)."
             )
     return paragraph(*sentences)
 
@@ -469,13 +493,13 @@ def scratch(summary, runs, dropout):
     if [row["label"] for row in plain] == ["plain CNN", "residual CNN"]:
         skips = """Skips were made for networks of dozens of layers: without them a deeper one had
 a higher training error than a shallower one, in spite of batch normalisation (He et al.). Five
-layers are few enough to learn without. A larger trial, one setting for both, 5 seeds, 6050 test
-photos of Food-11's dishes at 64 px, gives the skip +0.1 points [-0.8, +1.0]; of an earlier form,
-pooled by the maximum and added before the ReLU, -1.0 [-1.8, -0.3] at another learning rate
-(results/EXPERIMENTS.md)."""
-    written = f"""## The best of each, and what the skip does
+layers may be few enough to learn without. In larger trials, one setting for both, 6050 test photos
+of Food-11's dishes at 64 px, the skip gave +0.2 points [-2.1, +2.5] (3 seeds) and, by an earlier
+recipe, +0.1 [-0.8, +1.0] (5 seeds). How it is built matters more: pooled by the maximum and added
+before the ReLU it gave -1.0 [-1.8, -0.3] (results/EXPERIMENTS.md)."""
+    written = f"""## The best of each{", and what the skip does" if skips else ""}
 
-{paragraph(compare_networks(summary), at_equal_settings(summary))}
+{paragraph(compare_networks(summary), at_equal_settings(summary, runs))}
 
 {results_table(plain, "The best setting of each network by validation accuracy.")}
 
@@ -484,14 +508,21 @@ pooled by the maximum and added before the ReLU, -1.0 [-1.8, -0.3] at another le
 {what_the_gap_is(plain, runs)}"""
     if not with_dropout:
         return written
-    losses = []
+    ends, acts = [], ""
     for row in plain:
-        loss, _ = overfitting(runs[row["runs"][0]])
-        losses.append(f"of {row['label']} (seed {row['seeds'][0]}) {loss}")
-    why = f"""Dropout acts on the input of both fully connected layers, where every unit sees the
+        last = runs[row["runs"][0]]["history"][-1]
+        ends.append(
+            f"{row['label']} (seed {row['seeds'][0]}) ends with {last['train_accuracy']:.1%} of "
+            f"the training photos right and {last['validation_accuracy']:.1%} of the validation "
+            "photos"
+        )
+    if {"plain", "residual"} >= set(summary["choices"]):
+        acts = """It acts on the input of both fully connected layers, where every unit sees the
 whole photo and units can come to rely on each other. The convolutions have none: batch
-normalisation and the distorted photos regularise them already. Dropout helps a network that
-overfits; without it the validation loss {", ".join(losses)}."""
+normalisation and the distorted photos regularise them already."""
+    why = f"""Dropout can help a network that knows its training photos much better than others.
+Without it {listing(ends)}, where the training photos were distorted and the others were not.
+{acts}"""
     return f"""{written}
 
 ## Dropout
@@ -518,16 +549,15 @@ def errors(row, other, runs, output, title):
     if worst:
         count, true, taken_for = worst[0]
         share = sum(count for count, _, _ in worst) / (matrix.sum() - matrix.trace())
-        finding = f"""Most often {label} mixes up {classes[true]} and {classes[taken_for]}; the
-pairs below are {share:.0%} of its mistakes."""
+        finding = f"Most often {label} mixes up {classes[true]} and {classes[taken_for]}"
+        finding += f"; the pairs below are {share:.0%} of its mistakes." if share < 1 else "."
         head = ["classes", "mixed up", "first taken for second", "second for first"]
         lines = [
             [f"{classes[i]}, {classes[j]}", count, matrix[i, j], matrix[j, i]]
             for count, i, j in worst
         ]
         theirs = plot.read_evaluations(output, other) if other else []
-        caption = f"Mixed up most often on {split} photos"
-        caption += f", {seeds} seeds together." if seeds > 1 else "."
+        caption = f"Mixed up most often on {split} photos{together(seeds)}."
         if theirs and theirs[0]["split"] == split:
             head.append(f"mixed up by {other['label']}")
             counts = plot.add_up(theirs)
@@ -543,7 +573,7 @@ pairs below are {share:.0%} of its mistakes."""
     return f"""## {title}
 
 {paragraph(finding, extremes)}
-{towards_frequent(matrix, runs[name]["data"])}
+{towards_frequent(matrix, runs[name]["data"], f"{label}{together(seeds)}")}
 
 {pairs}
 
@@ -553,7 +583,7 @@ pairs below are {share:.0%} of its mistakes."""
 ![Where it looks: class-activation maps.](<figures/attention_{name}.png>)"""
 
 
-def towards_frequent(matrix, data):
+def towards_frequent(matrix, data, whose):
     """How many mistakes take a class with fewer training photos for one with more; "" if none."""
     photos = np.array([data["counts"]["train"][name] for name in data["classes"]])
     rarer = photos[:, None] < photos  # [true, predicted]
@@ -561,9 +591,9 @@ def towards_frequent(matrix, data):
     measured_alike = len(set(matrix.sum(1))) == 1  # or else the frequent classes err more often
     if gained + lost == 0 or not measured_alike:
         return ""
-    return f"""Of its {gained + lost} mistakes between classes with unequal numbers of photos to
-train, all seeds together, {gained} take the rarer class for the more frequent one, where half would
-be even."""
+    return f"""Of {gained + lost} mistakes ({whose}) between classes with unequal numbers of
+photos to train {gained} take the rarer class for the more frequent one; without a bias it would be
+about half."""
 
 
 def weights_of(run):
@@ -590,10 +620,10 @@ edges, textures and parts. """
 {learned}Fine-tuning replaces the last layer by one for the new classes and trains that alone, or
 the last convolutions with it. The rest is frozen, batch-norm statistics too, so that it has to be
 computed only once for each view of a photo. After training all that is frozen is as loaded, bit for
-bit: a run of which it is not ends with an error. The optimizer is {config["optimizer"]}, with
-weight decay {config["weight_decay"]:g}, batch {config["batch_size"]}, {config["epochs"]} epochs,
-dropout {config["dropout"]:g} before the last layer, label smoothing {config["label_smoothing"]:g};
-photos are of {config["image_size"]} px, {config["views"]} views of each in turns (crops of at least
+bit; if it is not, the run ends with an error. The optimizer is {config["optimizer"]}, with weight
+decay {config["weight_decay"]:g}, {config["epochs"]} epochs, dropout {config["dropout"]:g} before
+the last layer, label smoothing {config["label_smoothing"]:g}; photos are of {config["image_size"]}
+px, {min(config["views"], config["epochs"])} views of each in turns (crops of at least
 {config["crop_scale"]:.0%} of the area, flips, colours). {trained_convolutions(rows, runs)}
 
 {tuning(summary, runs)}
@@ -641,7 +671,8 @@ def tuning(summary, runs):
             cells[setting] = "failed" if accuracy is None else f"{accuracy:.1%}{star}"
         rows.append((evaluate.label_of(runs[lines[0]["run"]]["config"]), *cells.values()))
     head = "learning rate, batch", *(f"{rate:g}, {batch}" for rate, batch in settings)
-    caption = "Validation accuracy; * is chosen. One at an end of its row might do better beyond."
+    caption = """Validation accuracy of the first seed; * is chosen, by the mean where several
+seeds tried all. One at an end of its row might do better beyond."""
     return table(head, rows, caption)
 
 
@@ -698,12 +729,14 @@ def sizes(summary, runs, best):
         slopes[kind].append(slope)
         first_steps[kind].append(points_per_doubling(*rows[:2]))
         last_steps[kind].append(points_per_doubling(*rows[-2:]))
-    worth = [
-        f"{span(slopes[kind])} points to networks {networks} (from the two smallest numbers of "
-        f"photos {span(first_steps[kind])}, from the two largest {span(last_steps[kind])})"
-        for kind, networks in (("scratch", "from scratch"), ("finetune", "that are fine-tuned"))
-        if slopes[kind]
-    ]
+    worth = []
+    for kind, networks in (("scratch", "from scratch"), ("finetune", "that are fine-tuned")):
+        if slopes[kind]:
+            text = f"{span(slopes[kind])} points to networks {networks}"
+            if len(counts) > 2:
+                text += f" (from the two smallest numbers of photos {span(first_steps[kind])}, "
+                text += f"from the two largest {span(last_steps[kind])})"
+            worth.append(text)
     rows = sizes_of(summary, summary["slopes"][0]["label"])
     less, more = (runs[row["runs"][0]]["data"]["counts"]["train"] for row in rows[-2:])
     unchanged, rarer = sum(more[name] == less[name] for name in more), ""
@@ -712,8 +745,8 @@ def sizes(summary, runs, best):
 have no more: it makes them rarer."""
     columns = [f"{count} photos" for count in counts]
     head = "network", *columns, "points per doubling", "95% interval"
-    caption = """Test accuracy by photos a class (mean over classes), and its slope, of a straight
-line over the logarithm of the number of photos."""
+    caption = """Test accuracy by photos a class, on average, and its slope, of a straight line
+over the logarithm of the number of photos."""
     return f"""## How many photos does it take?
 
 Twice as many photos, and with them twice as many steps in as many epochs, are worth on average
@@ -740,30 +773,32 @@ def catch_up(summary, best):
 
 def by_class(best, runs, output):
     """Recall, precision and F1 of each class of the best models, mean over seeds."""
-    head, columns, names, counts, split = ["class", "to train"], [], [], {}, None
+    head, columns, names, seeds, split = ["class", "to train"], [], [], 1, None
     for row in best.values():
         evaluations = plot.read_evaluations(output, row)
         if not evaluations or split not in (None, evaluations[0]["split"]):
             continue
-        split, counts = evaluations[0]["split"], runs[row["runs"][0]]["data"]["counts"]["train"]
+        split, classes = evaluations[0]["split"], evaluations[0]["classes"]
+        counts = runs[row["runs"][0]]["data"]["counts"]["train"]
         names.append(row["label"])
+        seeds = max(seeds, len(evaluations))
         head += [f"{network_of(row['label'])}: recall", "precision", "F1"]
         for key in ("recall", "precision", "f1"):
-            columns.append(
-                {
-                    name: np.mean(
-                        [evaluation["per_class"][name][key] for evaluation in evaluations]
-                    )
-                    for name in evaluations[0]["classes"]
-                }
-            )
+            of_seeds = [
+                [evaluation["per_class"][name][key] for name in classes]
+                for evaluation in evaluations
+            ]
+            columns.append(np.mean(of_seeds, 0))
     if not columns:
         return ""
-    rows = [(name, counts[name], *(f"{column[name]:.0%}" for column in columns)) for name in counts]
-    caption = f"Each class, {split} photos, mean over seeds: {', then '.join(names)}."
-    if len(rows) > 40:
-        rows = sorted(rows, key=lambda row: row[1])[:20]
-        caption += " The 20 classes with the fewest photos to train."
+    shown, which = range(len(classes)), ""
+    if len(classes) > 40:
+        shown, which = np.argsort(columns[-1])[:20], " The 20 classes with the lowest F1."
+    rows = [
+        (classes[i], counts[classes[i]], *(f"{column[i]:.0%}" for column in columns)) for i in shown
+    ]
+    caption = f"Each class, {split} photos{', mean over seeds' if seeds > 1 else ''}: "
+    caption += f"{', then '.join(names)}.{which}"
     return table(head, rows, caption)
 
 
@@ -781,8 +816,9 @@ of {other_run["config"]["image_size"]} px: they differ in more than in where the
     rows = sorted(summary["models"], key=lambda row: -row["validation_accuracy"])
     minutes = sum(run["seconds"] for run in runs.values()) / 60
     seeds = listing([str(n) for n in sorted({run["config"]["seed"] for run in runs.values()})])
-    cost = f"""The seconds of all {len(runs)} runs, shared features counted in each, add up to
-{minutes:.0f} minutes; seeds {seeds}."""
+    shared = "shared features counted in each, " if "finetune" in best else ""
+    cost = f"""The seconds of all {len(runs)} runs, {shared}add up to {minutes:.0f} minutes; seeds:
+{seeds}."""
     if summary["left_out"]:
         cost += f" Left out, of no part in the study: {listing(summary['left_out'])}."
     return f"""## {title}
@@ -841,7 +877,7 @@ def write_report(output):
     # A blank line ends a block, but not within a function, where indented code follows.
     for block in re.split(r"\n\n+(?! )", printable("\n\n".join(part for part in parts if part))):
         if not block.startswith("!["):
-            is_text = not block.startswith(("#", "|", "```", "- "))
+            is_text = not re.match(r"#|\||```|[-*+>] |\d+[.)] ", block)
             blocks.append(textwrap.fill(block, 100, **WHOLE_WORDS) if is_text else block)
             continue
         found = [(text, path) for text, path in FIGURE.findall(block) if (output / path).exists()]

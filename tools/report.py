@@ -512,17 +512,15 @@ before the ReLU it gave -1.0 [-1.8, -0.3] (results/EXPERIMENTS.md)."""
     for row in plain:
         last = runs[row["runs"][0]]["history"][-1]
         ends.append(
-            f"{row['label']} (seed {row['seeds'][0]}) ends with {last['train_accuracy']:.1%} of "
-            f"the training photos right and {last['validation_accuracy']:.1%} of the validation "
-            "photos"
+            f"{last['train_accuracy']:.1%} where validation accuracy is "
+            f"{last['validation_accuracy']:.1%} ({row['label']}, seed {row['seeds'][0]})"
         )
     if {"plain", "residual"} >= set(summary["choices"]):
-        acts = """It acts on the input of both fully connected layers, where every unit sees the
+        acts = """Dropout acts on the input of both fully connected layers, where every unit sees the
 whole photo and units can come to rely on each other. The convolutions have none: batch
 normalisation and the distorted photos regularise them already."""
-    why = f"""Dropout can help a network that knows its training photos much better than others.
-Without it {listing(ends)}, where the training photos were distorted and the others were not.
-{acts}"""
+    why = f"""{acts} Dropout can help a network that knows its training photos much better than
+others. Without it training accuracy, on distorted photos, is at the end {listing(ends)}."""
     return f"""{written}
 
 ## Dropout

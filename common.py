@@ -98,9 +98,16 @@ def printable(text):
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def cpu_count():
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def cpu_count(limit="/sys/fs/cgroup/cpu.max"):
+    """Processors that this process may use.
+
+    limit: the file in which Linux tells a container its share, "quota period" or "max period".
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):  # no such file; no limit
+        quota, period = map(int, Path(limit).read_text().split())
+        count = min(count, max(1, quota // period))
+    return count
 
 
 @contextlib.contextmanager

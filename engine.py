@@ -115,9 +115,13 @@ def load_photos(arguments, device):
     unread = [f"{split}/{name}" for split in ignored for name in ignored[split]]
     if unread:
         print(f"{arguments.data}: not read, since no photos: {len(unread)}, such as {unread[0]}")
-    fingerprint = f"{train.fingerprint[:16]}-{validation.fingerprint[:16]}"
-    description = {"fingerprint": fingerprint, "classes": classes, "counts": counts}
-    return Photos(train, validation, description)
+    description = {"fingerprint": fingerprint(train, validation), "classes": classes}
+    return Photos(train, validation, {**description, "counts": counts})
+
+
+def fingerprint(train, validation):
+    """What tells the photos of a run from others: str, of two Splits."""
+    return f"{train.fingerprint[:16]}-{validation.fingerprint[:16]}"
 
 
 def photos_of_run(photos, run):
@@ -159,8 +163,8 @@ def unfinished_runs(parser, arguments, prefix, photos):
             why_not = None
             if not mine:
                 why_not = "another process is training it, left alone"
-            elif is_finished(run, photos):
-                why_not = "finished before with the same settings and photos"
+            else:
+                why_not = why_finished(run, photos)
             why_not = of_first_process(why_not)
             if why_not:
                 print(f"{run.name}: {why_not}")
@@ -190,14 +194,14 @@ def settings(config, without=()):
     return {key: value for key, value in config.items() if key not in left_out}
 
 
-def is_finished(run, photos):
-    """Whether output/ holds this run, with these settings, of these photos.
+def why_finished(run, photos):
+    """What to say of this run if output/ holds it, with these settings, of these photos, or None.
 
     Exits with one line if its name is taken by a run with others: nothing finished is overwritten.
     """
     path = Path(run.output, "runs", f"{run.name}.json")
     if not path.exists():
-        return False
+        return None
     stored = read_json(path, "config", "data", "best")
     ours, theirs = settings(vars(run)), settings(stored["config"])
     other = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
@@ -206,9 +210,13 @@ def is_finished(run, photos):
     if other:
         raise SystemExit(
             f"{path} is a run with other {', '.join(other).replace('_', '-')}: give another "
-            "--output or --name, or delete it."
+            "--output (OUT of run_all.sh) or --name, or delete it."
         )
-    return "failed" in stored or checkpoint_file(run.output, run.name).exists()
+    if "failed" in stored:
+        return f"failed before, {stored['failed']}; delete {path} to try it again"
+    if checkpoint_file(run.output, run.name).exists():
+        return "finished before with the same settings and photos"
+    return None
 
 
 def setting_of(stored):

@@ -8,6 +8,7 @@ Writes results/evaluations/NAME.SPLIT.json for each run measured. The only scrip
 photos to a network; what is chosen is chosen before that, by validation accuracy.
 """
 
+import functools
 import hashlib
 import io
 import itertools
@@ -176,7 +177,7 @@ def paired_difference(first, second):
             t, beyond = student_t(max(1.0, variance**2 / terms))
             standard_error = variance**0.5
             half = standard_error * float(np.interp(0.05, beyond[::-1], t[::-1]))
-            p_value = float(np.interp(abs(difference) / standard_error, t, beyond))
+            p_value = min(1.0, float(np.interp(abs(difference) / standard_error, t, beyond)))
         interval = [difference - half, difference + half]
     return {
         "difference": difference,
@@ -198,8 +199,7 @@ def load_model(output, name, device):
     """
     path = engine.checkpoint_file(output, name)
     if not path.is_file():
-        known = ", ".join(p.stem for p in sorted(path.parent.glob("*.pt"))) or "none"
-        raise SystemExit(f"no checkpoint {path}. Finished runs there: {known}.")
+        raise SystemExit(f"no checkpoint {path}: copy it there, or train the run again.")
     content = path.read_bytes()
     run = read_json(Path(output, "runs", f"{name}.json"), "checkpoint_sha256")
     damaged = f"{path} is damaged, or of another models.py: delete it and train again."
@@ -209,7 +209,7 @@ def load_model(output, name, device):
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         config, classes = checkpoint["config"], checkpoint["classes"]
         if checkpoint["kind"] == "scratch":
-            model = models.SCRATCH[config["model"]](len(classes))
+            model = models.SCRATCH[config["model"]](len(classes), config["dropout"])
         else:
             model = models.build_backbone(config["backbone"], len(classes), "none")
         model.load_state_dict(checkpoint["state"])
@@ -268,15 +268,23 @@ def examples(labels, predicted, confidence):
     return chosen
 
 
+@functools.cache
+def fingerprint_of(directory, image_size, cache):
+    """The fingerprint, as in a run's JSON, of the photos of a data folder."""
+    train = data.load_split(directory, "train", image_size, cache)
+    return engine.fingerprint(train, data.load_split(directory, "validation", image_size, cache))
+
+
 def evaluate_run(name, split_name, arguments, device):
     """Evaluate one run on a split and write its JSON, unless that is there and still true."""
     path = Path(arguments.output, "runs", f"{name}.json")
     run = read_json(path, "config", "data", "checkpoint_sha256")
+    if "failed" in run:
+        raise SystemExit(f"{name} has failed, {run['failed']}: it has no weights to evaluate.")
     size, cache = run["config"]["image_size"], arguments.cache
     split = data.load_split(arguments.data, split_name, size, cache)
-    validation = data.load_split(arguments.data, "validation", size, cache)
     ending = f"{split_name}-flip" if arguments.flip else split_name
-    if run["data"]["fingerprint"].split("-")[1] != validation.fingerprint[:16]:
+    if run["data"]["fingerprint"] != fingerprint_of(arguments.data, size, cache):
         if not arguments.other_photos:
             raise SystemExit(
                 f"{name} was trained on other photos than those in {arguments.data}. Give that "
@@ -507,9 +515,10 @@ def add_scratch(summary, name, runs, output):
     summary["grid"] += [
         table_line(run, run in chosen) for run in grid if run["config"]["seed"] in choosing
     ]
-    if chosen:
-        summary["choices"][name] = [table_line(run, True) for run in chosen]
-        summary["dropout"] += [table_line(run, run in chosen) for run in with_dropout]
+    if not chosen:  # all of them failed
+        return
+    summary["choices"][name] = [table_line(run, True) for run in chosen]
+    summary["dropout"] += [table_line(run, run in chosen) for run in with_dropout]
     for dropout in sorted({run["config"]["dropout"] for run in with_dropout}):
         seeds = [run for run in with_dropout if run["config"]["dropout"] == dropout]
         summary["models"].append(model_row(seeds, choosing, output))
@@ -570,17 +579,20 @@ def slope_per_doubling(sizes, right, draws=2000):
     return {"slope": float(of_photo.mean()), "interval_95": [float(low), float(high)]}
 
 
-def summarise(output):
+def summarise(output, photos=None):
     """Build summary.json, but for the comparisons, from the runs and evaluations in `output`.
 
     A study is the runs on the same photos, of each network those that differ only in what is tuned,
-    one for each combination of settings.
+    one for each combination of settings. photos: their fingerprint; if it is None, or no run has
+    it, that of the most runs.
     """
     runs = list(read_runs(output).values())
     if not runs:
         raise SystemExit(f"{output}/runs holds no finished run: train one first.")
     fingerprints = [run["data"]["fingerprint"] for run in runs]
     fingerprint = max(sorted(set(fingerprints)), key=fingerprints.count)
+    if photos in fingerprints:
+        fingerprint = photos
     study, known = [], []
     for run in runs:
         run_settings = engine.settings(run["config"])
@@ -666,8 +678,13 @@ def main(argv=None):
     if arguments.chosen and (arguments.flip or arguments.other_photos):
         parser.error("--chosen measures without --flip and --other-photos; name runs with --run")
     names, split = list(arguments.run), arguments.split or "validation"
+    photos = None
+    if arguments.chosen:
+        sizes = [run["config"]["image_size"] for run in read_runs(arguments.output).values()]
+        if sizes:  # the fingerprint is the same at all of them
+            photos = fingerprint_of(arguments.data, sizes[0], arguments.cache)
     if arguments.best or arguments.chosen:
-        summary = summarise(arguments.output)
+        summary = summarise(arguments.output, photos)
         rows, sizes = summary["models"], summary["sizes"]
         if not rows:
             what = "no run without dropout, on all photos, that has not failed"
@@ -679,6 +696,12 @@ def main(argv=None):
         names += [name for row in rows + sizes for name in row["runs"]]
     if not names:
         parser.error("name runs with --run, or give --best or --chosen")
+    runs = sorted(path.stem for path in Path(arguments.output, "runs").glob("*.json"))
+    for name in arguments.run:
+        if name not in runs:
+            raise SystemExit(
+                f"--run {name}: {arguments.output}/runs has {', '.join(runs) or 'none'}."
+            )
     device = engine.pick_device(arguments.device)
     if arguments.image:
         for name in dict.fromkeys(names):
@@ -694,7 +717,7 @@ def main(argv=None):
             f"(95% interval {low:.1%} to {high:.1%})"
         )
     if arguments.chosen:
-        summary = summarise(arguments.output)
+        summary = summarise(arguments.output, photos)
         summary["comparisons"] = compare(summary["models"], arguments.output)
         write_json(Path(arguments.output, "summary.json"), summary)
         print_summary(summary)

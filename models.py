@@ -291,7 +291,7 @@ def main(argv=None):
     for name in arguments.network:
         print(f"\n{name}, {arguments.image_size} x {arguments.image_size} px")
         if name in SCRATCH:
-            model = SCRATCH[name](arguments.classes)
+            model = SCRATCH[name](arguments.classes, 0.0)
         else:
             model = build_backbone(
                 name, arguments.classes, arguments.weights, arguments.unfreeze_convolutions

@@ -13,7 +13,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-# Settings: override any of them in the environment. Words are several values.
+# Settings: override any of them in the environment. Words are several values; an empty MODELS,
+# DROPOUTS or BACKBONES leaves that part of the study out.
 DATA_GIVEN=${DATA:-}
 DATA=${DATA:-food11}                            # folder of photos
 OUT=${OUT:-results}                             # folder of everything that is written, but for
@@ -21,11 +22,11 @@ CACHE=${CACHE:-.cache}                          # decoded photos and downloads
 EPOCHS=${EPOCHS:-50}                            # of every run
 IMAGE_SIZE=${IMAGE_SIZE:-96}                    # pixels, networks from scratch
 FINETUNE_IMAGE_SIZE=${FINETUNE_IMAGE_SIZE:-288} # pixels, pre-trained networks
-MODELS=${MODELS:-plain residual}                # from scratch, of models.py
+MODELS=${MODELS-plain residual}                # from scratch, of models.py
 LEARNING_RATES=${LEARNING_RATES:-0.01 0.02 0.04}
 BATCH_SIZES=${BATCH_SIZES:-32 64}
-DROPOUTS=${DROPOUTS:-0.2 0.4}
-BACKBONES=${BACKBONES:-mobilenet_v2 mobilenet_v3_small shufflenet_v2_x1_0}
+DROPOUTS=${DROPOUTS-0.2 0.4}
+BACKBONES=${BACKBONES-mobilenet_v2 mobilenet_v3_small shufflenet_v2_x1_0}
 WEIGHTS=${WEIGHTS:-IMAGENET1K_V1}               # of the backbones; none trains on random features
 FC_LEARNING_RATES=${FC_LEARNING_RATES:-0.001 0.003 0.01 0.03 0.1}
 LAST2_LEARNING_RATES=${LAST2_LEARNING_RATES:-0.0003 0.001 0.003 0.01} # they overfit sooner
@@ -69,6 +70,7 @@ if [[ $SHARE ]]; then
     fail "--share $SHARE: which of how many is meant, such as 2/4"
 fi
 [[ $# -le 1 ]] || fail "one argument at most; settings are environment variables"
+[[ ! $JOBS || $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS=$JOBS: how many commands at a time, such as 4"
 
 # The training commands, one a line. One thread a run: several at a time fill the processors, and
 # the numbers do not depend on how many there are.
@@ -77,9 +79,11 @@ common() {
   echo "--data $(quote "$DATA") --output $(quote "$OUT") --cache $(quote "$CACHE")" \
     "--epochs $EPOCHS --device $(quote "$DEVICE") --threads 1"
 }
-scratch() { echo "python train_scratch.py --image-size $IMAGE_SIZE $(common) --model $*"; }
+scratch() {
+  echo "$(quote "$PYTHON") train_scratch.py --image-size $IMAGE_SIZE $(common) --model $*"
+}
 transfer() {
-  echo "python finetune.py --image-size $FINETUNE_IMAGE_SIZE $(common)" \
+  echo "$(quote "$PYTHON") finetune.py --image-size $FINETUNE_IMAGE_SIZE $(common)" \
     "--weights $(quote "$WEIGHTS") --backbone $*"
 }
 read -r FIRST_SEED OTHER_SEEDS <<< "$SEEDS"
@@ -132,6 +136,7 @@ END
 all_commands() { grid_commands; chosen_commands; }
 check() { "$PYTHON" tools/check_commands.py "$@"; }  # before any work; prints what it counts
 if [[ $LIST ]]; then
+  ! lacks "$PYTHON" || lacks .venv/bin/python || PYTHON=.venv/bin/python
   lacks "$PYTHON" || all_commands | check > /dev/null
   all_commands; exit 0
 fi
@@ -165,8 +170,8 @@ stage "set-up"  # the python at hand, or a virtual environment of our own if it 
 command -v "$PYTHON" > /dev/null || fail "no $PYTHON here: install Python 3.10 or newer"
 install() { "$PYTHON" -m venv .venv && .venv/bin/python -m pip install --quiet -r requirements.txt; }
 if lacks "$PYTHON"; then
-  [[ ! $SHARE ]] || fail "a share installs nothing: pip install -r requirements.txt first"
   if lacks .venv/bin/python; then
+    [[ ! $SHARE ]] || fail "a share installs nothing: pip install -r requirements.txt first"
     echo "installing requirements.txt into .venv (a few minutes, a few GB, only once)"
     run install || fail "installing failed; see above. Remove .venv before you try again."
   fi
@@ -175,13 +180,18 @@ fi
 "$PYTHON" -V
 counted=$(all_commands | check) || exit 1
 read -r STUDY_RUNS GPUS PROCESSORS <<< "$counted"
+case $DEVICE in
+  cpu) GPUS=0 ;;
+  cuda:*) GPUS=1 ;;
+esac
 mkdir -p "$OUT" && exec 9<> "$OUT/.lock" || fail "cannot write to OUT=$OUT"
 # The lock is this process's and its children's, and ends with them, however they end. Shares hold
 # it together.
 kind=EX
 [[ ! $SHARE ]] || kind=SH
 "$PYTHON" -c "import fcntl; fcntl.flock(9, fcntl.LOCK_$kind | fcntl.LOCK_NB)" \
-  2> /dev/null || fail "$(cat "$OUT/.lock") works in $OUT: wait for it, or give another OUT"
+  2> /dev/null ||
+  fail "$(cat "$OUT/.lock") works in $OUT, or its disk knows no locks: wait, or give another OUT"
 ME="process $$ on $(uname -n)"
 echo "$ME" > "$OUT/.lock"
 
@@ -189,17 +199,18 @@ stage "photos"  # and weights before training, so that nothing is missing an hou
 if [[ ! $DEMO && ! $DATA_GIVEN && ! -d $DATA ]]; then
   [[ ! $SHARE ]] || fail "a share fetches nothing: python tools/prepare.py --download first"
   run "$PYTHON" tools/prepare.py --download --data "$DATA" --output "$OUT" --cache "$CACHE" ||
-    exec bash run_all.sh --demo
+    [[ -d $DATA ]] || exec bash run_all.sh --demo  # photos that came but need a look are told below
 fi
 if [[ $DEMO ]]; then announce_demo; fi
 checked=$OUT/photos.txt  # what the check printed; made again for other or newer photos
+folder=$("$PYTHON" -c "import os, sys; print(os.path.realpath(sys.argv[1]))" "$DATA")
 new=$checked.new-${ME//[^0-9a-z]/-}
 check_photos() {
-  { echo "$DATA"; "$PYTHON" tools/prepare.py ${DEMO:+--demo} --data "$DATA" --output "$OUT" \
+  { echo "$folder"; "$PYTHON" tools/prepare.py ${DEMO:+--demo} --data "$DATA" --output "$OUT" \
     --cache "$CACHE" --image-size "$IMAGE_SIZE" "$FINETUNE_IMAGE_SIZE"; } > "$new"
 }
-if [[ ! -f $checked || $(head -n 1 "$checked") != "$DATA" ||
-  $(find -L "$DATA" -newer "$checked" -print -quit) ]]; then
+if [[ ! -f $checked || $(head -n 1 "$checked") != "$folder" ||
+  $(find -L "$DATA" \( -newer "$checked" -o -cnewer "$checked" \) -print -quit) ]]; then
   run check_photos || { cat "$new"; rm "$new"; fail "the photos in $DATA need a look"; }
   mv "$new" "$checked"
 fi
@@ -207,9 +218,14 @@ cat "$checked"
 classes=$(find -L "$DATA/train" -mindepth 1 -maxdepth 1 -type d ! -name '[._]*' | wc -l)
 describe_networks() {
   # shellcheck disable=SC2086
-  "$PYTHON" models.py $MODELS --classes $classes --image-size "$IMAGE_SIZE" &&
+  if [[ $MODELS ]]; then
+    "$PYTHON" models.py $MODELS --classes $classes --image-size "$IMAGE_SIZE" || return
+  fi
+  # shellcheck disable=SC2086
+  if [[ $BACKBONES ]]; then
     "$PYTHON" models.py $BACKBONES --weights "$WEIGHTS" --classes $classes \
       --image-size "$FINETUNE_IMAGE_SIZE"
+  fi
 }
 if [[ ! $SHARE ]]; then
   run describe_networks > "$OUT/layers.new" || fail "no network to train; see above"
@@ -230,7 +246,6 @@ STUDY_START=$(date +%s)
 FAILED=$(mktemp)
 trap 'rm -f "$FAILED"*' EXIT
 export OUT GPUS STUDY_RUNS STUDY_START FAILED
-python() { command "$PYTHON" "$@"; }  # also if it is called python
 train_line() {  # the first command that fails ends the others, which go on at the next call
   if (( GPUS > 1 )); then
     IFS=, read -ra visible <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((GPUS - 1)))}"
@@ -242,7 +257,7 @@ train_line() {  # the first command that fails ends the others, which go on at t
     kill -TERM 0
   fi
 }
-export -f python train_line
+export -f train_line
 slot=--process-slot-var=SLOT  # GNU's xargs alone has it; without, all commands share a GPU
 xargs $slot true < /dev/null 2> /dev/null || slot=
 train() {

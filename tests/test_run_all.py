@@ -95,7 +95,7 @@ def test_list_prints_commands_that_can_be_run_alone(clone):
     lines = result.stdout.splitlines()
     assert len(lines) == 12 + 6 + 10 + 6 and not (clone / "results").exists()
     for words in map(shlex.split, lines):
-        assert words[:1] == ["python"] and words[1] in ("train_scratch.py", "finetune.py")
+        assert words[0] == sys.executable and words[1] in ("train_scratch.py", "finetune.py")
         assert words[words.index("--data") + 1] == "my photos"
         assert words[words.index("--output") + 1] == "it's"
 
@@ -107,12 +107,25 @@ def test_list_prints_commands_that_can_be_run_alone(clone):
         (["--demmo"], {}, "unknown argument --demmo"),
         ([], {"DROPOUTS": "2"}, "argument --dropout: '2' is not a number"),
         (["--list"], {"EPOCHS": "0"}, "argument --epochs: '0' is not a whole number"),
+        ([], {"JOBS": "0"}, "JOBS=0: how many commands at a time"),
     ],
 )
 def test_bad_input_is_said_before_any_work(clone, arguments, settings, message):
     result = run_all(clone, *arguments, **{**SMALL, **settings})
     assert result.returncode != 0 and message in result.stdout + result.stderr
     assert not (clone / "out/runs").exists() and not (clone / ".cache").exists()
+
+
+def test_another_study_in_the_folder_of_results_is_said_before_any_work(clone):
+    runs = ROOT / "results" / "reference" / "runs"  # 50 epochs, 14 runs of each network
+    shutil.copytree(runs, clone / "out/runs")
+    result = run_all(clone, **SMALL)
+    assert result.returncode != 0 and not (clone / "out/photos.txt").exists()
+    assert "runs with other epochs, image-size, weights: a study of its own" in result.stderr
+    shutil.rmtree(clone / "out/runs")
+    (clone / "out/runs").mkdir()
+    shutil.copy(runs / "plain-lr0.01-bs32-seed0.json", clone / "out/runs")  # one by hand is none
+    assert run_all(clone, "--list", **SMALL).returncode == 0
 
 
 def wait_for(condition, process):
@@ -172,7 +185,8 @@ def test_a_failure_stops_the_study_with_its_reason_and_the_rest_goes_on_later(cl
     temporary.mkdir()
     result = run_all(clone, **SMALL, TMPDIR=str(temporary))
     assert result.returncode != 0 and not list(temporary.glob("tmp.*"))
-    assert "failed: python train_scratch.py" in result.stderr and taken.name in result.stderr
+    assert "failed: " in result.stderr and "train_scratch.py --image-size 32" in result.stderr
+    assert taken.name in result.stderr
     assert not list((clone / "out/runs").glob("*dropout0.2-seed*")) and not training(clone)
     taken.unlink()
     result = run_all(clone, **{**SMALL, "LEARNING_RATES": "0.01 1e30"})

@@ -21,7 +21,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 
 def test_shares_train_everything_once_and_leave_evaluation_to_a_plain_call(clone):  # noqa: F811
     printed, trained = [], []
-    python = clone / "bin" / "python"  # a name that the script uses itself
+    python = clone / "bin" / "python"
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)

@@ -34,7 +34,6 @@ from PIL import Image, ImageColor, ImageDraw, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import (
     Parser,
-    add_place_flags,
     atomic_file,
     cpu_count,
     number,
@@ -450,25 +449,27 @@ def check(directory, sheet):
 
 def main(argv=None):
     parser = Parser(__doc__)
-    add_place_flags(parser)
+    flag = parser.add_argument
+    flag("--data", metavar="DIR", help="folder of photos; default: food11, with --demo demo")
+    flag("--output", default="results", metavar="DIR", help="folder of results")
+    flag("--cache", default=".cache", metavar="DIR", help="folder of decoded photos, downloads")
     first = parser.add_mutually_exclusive_group()
     first.add_argument("--download", action="store_true", help="fetch Food-11 into --data first")
     first.add_argument("--demo", action="store_true", help="draw a made-up set into --data first")
     first.add_argument("--split", metavar="DIR", help="split a folder of class folders into --data")
-    parser.add_argument(
+    flag(
         "--image-size",
         type=number(int, 32, 2048),
         nargs="+",
         default=[96],
         help="sizes to decode train/ and validation/ to in advance",
     )
-    parser.add_argument(
+    flag(
         "--classes",
         choices=("food11", "all"),
         default="food11",
         help="with --download: the eleven of Food-11, or all of Food-101, from CACHE/food-101",
     )
-    parser.set_defaults(data=None)
     arguments = parser.parse_args(argv)
     if arguments.split and arguments.data is None:
         parser.error("--split needs --data, the name of the new folder")

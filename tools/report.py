@@ -292,7 +292,7 @@ def architectures(run, trained):
     """The networks named in `trained`, and the recipe by the settings of one run."""
     config, plain, names = run["config"], models.PlainCNN, {}
     for name in trained:
-        network = models.SCRATCH[name](len(run["data"]["classes"]))
+        network = models.SCRATCH[name](len(run["data"]["classes"]), 0.0)
         layers, count = models.describe(network, config["image_size"]), models.counts(network)
         head = [column for column in layers[0] if column != "state"]
         caption = f"Layers at {config['image_size']} px: {count['convolutions']} convolutions, "
@@ -516,8 +516,8 @@ before the ReLU it gave -1.0 [-1.8, -0.3] (results/EXPERIMENTS.md)."""
             f"{last['validation_accuracy']:.1%} ({row['label']}, seed {row['seeds'][0]})"
         )
     if {"plain", "residual"} >= set(summary["choices"]):
-        acts = """Dropout acts on the input of both fully connected layers, where every unit sees the
-whole photo and units can come to rely on each other. The convolutions have none: batch
+        acts = """Dropout acts on the input of both fully connected layers, where every unit sees
+the whole photo and units can come to rely on each other. The convolutions have none: batch
 normalisation and the distorted photos regularise them already."""
     why = f"""{acts} Dropout can help a network that knows its training photos much better than
 others. Without it training accuracy, on distorted photos, is at the end {listing(ends)}."""

@@ -335,6 +335,16 @@ def test_runs_of_other_photos_or_settings_are_left_out_by_name(photos, tmp_path,
     assert summary["models"][0]["seeds"] == [0, 1]
 
 
+def test_the_study_is_that_on_the_photos_given(photos, tmp_path):
+    other = shutil.copytree(photos, tmp_path / "other")
+    (other / "train" / "red" / "0.jpg").unlink()
+    train(photos, *ONE_EPOCH, "--seed", "0", "1")
+    train(other, *ONE_EPOCH, "--name", "of-other-photos")
+    assert choose(other)["models"][0]["runs"] == ["of-other-photos"]
+    with pytest.raises(SystemExit, match="was trained on other photos"):  # a training photo less
+        run_evaluate(photos, "--run", "of-other-photos", "--split", "test")
+
+
 def test_a_failed_run_is_named_and_never_chosen(photos, capsys):
     flags = ["--optimizer", "adamw", "--epochs", "2"]
     train(photos, *flags, "--learning-rate", "1e30", "0.002")
@@ -347,8 +357,12 @@ def test_a_failed_run_is_named_and_never_chosen(photos, capsys):
     assert {line["learning_rate"] for line in summary["grid"]} == {0.002, 1e30}
     train(photos, *flags, "--best-of-grid", "--dropout", "0.2", "--name", "dropped")
     assert common.read_runs("results")["dropped"]["config"]["learning_rate"] == 0.002
-    with pytest.raises(SystemExit, match="no checkpoint"):
+    with pytest.raises(SystemExit, match="has failed, the loss is not finite"):
         run_evaluate(photos, "--run", lost["name"])
+    train(photos, *flags, "--learning-rate", "1e30")
+    assert "failed before, the loss is not finite" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--run typo: results/runs has dropped, plain"):
+        run_evaluate(photos, "--run", "typo")
 
 
 def test_a_study_in_which_all_runs_failed_is_one_clear_line(photos):

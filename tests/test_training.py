@@ -483,3 +483,11 @@ def test_ctrl_c_while_torch_is_imported_shows_no_traceback(photos, seconds):
         _, printed = process.communicate(timeout=20)
     # One line; two when it falls into the milliseconds where torch's C++ aborts by itself.
     assert process.returncode != 0 and len(printed.strip().splitlines()) in (1, 2), printed
+
+
+def test_a_container_counts_its_share_of_the_processors(tmp_path):
+    limit = tmp_path / "cpu.max"
+    limit.write_text("100000 100000\n")
+    assert common.cpu_count(limit) == 1
+    limit.write_text("max 100000\n")
+    assert common.cpu_count(limit) == common.cpu_count(tmp_path / "none") >= 1

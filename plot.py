@@ -32,6 +32,18 @@ matplotlib.rcParams.update(
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
+        "axes.prop_cycle": matplotlib.cycler(  # Okabe-Ito
+            color=(
+                "#0072B2",
+                "#D55E00",
+                "#009E73",
+                "#CC79A7",
+                "#E69F00",
+                "#56B4E9",
+                "black",
+                "grey",
+            )
+        ),
         "grid.color": "#E4E4E4",
         "legend.frameon": False,
         "text.parse_math": False,  # a class name may hold a dollar sign

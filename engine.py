@@ -115,13 +115,9 @@ def load_photos(arguments, device):
     unread = [f"{split}/{name}" for split in ignored for name in ignored[split]]
     if unread:
         print(f"{arguments.data}: not read, since no photos: {len(unread)}, such as {unread[0]}")
-    description = {"fingerprint": fingerprint(train, validation), "classes": classes}
-    return Photos(train, validation, {**description, "counts": counts})
-
-
-def fingerprint(train, validation):
-    """What tells the photos of a run from others: str, of two Splits."""
-    return f"{train.fingerprint[:16]}-{validation.fingerprint[:16]}"
+    fingerprint = f"{train.fingerprint[:16]}-{validation.fingerprint[:16]}"
+    description = {"fingerprint": fingerprint, "classes": classes, "counts": counts}
+    return Photos(train, validation, description)
 
 
 def photos_of_run(photos, run):
@@ -160,7 +156,6 @@ def unfinished_runs(parser, arguments, prefix, photos):
         path = Path(run.output, ".locks", run.name)
         holding = lock(path) if rank == 0 else contextlib.nullcontext(True)
         with holding as mine:
-            why_not = None
             if not mine:
                 why_not = "another process is training it, left alone"
             else:

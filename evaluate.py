@@ -197,11 +197,13 @@ def load_model(output, name, device):
 
     The bytes must be those whose digest stands in the run's JSON.
     """
+    run = read_json(Path(output, "runs", f"{name}.json"), "checkpoint_sha256")
+    if "failed" in run:
+        raise SystemExit(f"{name} has failed, {run['failed']}: it has no weights.")
     path = engine.checkpoint_file(output, name)
     if not path.is_file():
         raise SystemExit(f"no checkpoint {path}: copy it there, or train the run again.")
     content = path.read_bytes()
-    run = read_json(Path(output, "runs", f"{name}.json"), "checkpoint_sha256")
     damaged = f"{path} is damaged, or of another models.py: delete it and train again."
     if run["checkpoint_sha256"] != hashlib.sha256(content).hexdigest():
         raise SystemExit(damaged)
@@ -269,22 +271,23 @@ def examples(labels, predicted, confidence):
 
 
 @functools.cache
-def fingerprint_of(directory, image_size, cache):
-    """The fingerprint, as in a run's JSON, of the photos of a data folder."""
-    train = data.load_split(directory, "train", image_size, cache)
-    return engine.fingerprint(train, data.load_split(directory, "validation", image_size, cache))
+def is_of(fingerprint, directory, image_size, cache):
+    """Whether a run with this fingerprint in its JSON has seen the photos of a data folder."""
+    train, validation = fingerprint.split("-")
+    for name, seen in (("validation", validation), ("train", train)):  # the smaller one first
+        if data.load_split(directory, name, image_size, cache).fingerprint[:16] != seen:
+            return False
+    return True
 
 
 def evaluate_run(name, split_name, arguments, device):
     """Evaluate one run on a split and write its JSON, unless that is there and still true."""
     path = Path(arguments.output, "runs", f"{name}.json")
     run = read_json(path, "config", "data", "checkpoint_sha256")
-    if "failed" in run:
-        raise SystemExit(f"{name} has failed, {run['failed']}: it has no weights to evaluate.")
     size, cache = run["config"]["image_size"], arguments.cache
     split = data.load_split(arguments.data, split_name, size, cache)
     ending = f"{split_name}-flip" if arguments.flip else split_name
-    if run["data"]["fingerprint"] != fingerprint_of(arguments.data, size, cache):
+    if not is_of(run["data"]["fingerprint"], arguments.data, size, cache):
         if not arguments.other_photos:
             raise SystemExit(
                 f"{name} was trained on other photos than those in {arguments.data}. Give that "
@@ -679,10 +682,12 @@ def main(argv=None):
         parser.error("--chosen measures without --flip and --other-photos; name runs with --run")
     names, split = list(arguments.run), arguments.split or "validation"
     photos = None
-    if arguments.chosen:
-        sizes = [run["config"]["image_size"] for run in read_runs(arguments.output).values()]
-        if sizes:  # the fingerprint is the same at all of them
-            photos = fingerprint_of(arguments.data, sizes[0], arguments.cache)
+    if arguments.chosen or (arguments.best and not arguments.image):
+        runs = read_runs(arguments.output).values()
+        for fingerprint in {run["data"]["fingerprint"] for run in runs}:
+            size = min(run["config"]["image_size"] for run in runs)  # the same at all of them
+            if is_of(fingerprint, arguments.data, size, arguments.cache):
+                photos = fingerprint
     if arguments.best or arguments.chosen:
         summary = summarise(arguments.output, photos)
         rows, sizes = summary["models"], summary["sizes"]
@@ -696,12 +701,10 @@ def main(argv=None):
         names += [name for row in rows + sizes for name in row["runs"]]
     if not names:
         parser.error("name runs with --run, or give --best or --chosen")
-    runs = sorted(path.stem for path in Path(arguments.output, "runs").glob("*.json"))
+    stored = sorted(path.stem for path in Path(arguments.output, "runs").glob("*.json"))
     for name in arguments.run:
-        if name not in runs:
-            raise SystemExit(
-                f"--run {name}: {arguments.output}/runs has {', '.join(runs) or 'none'}."
-            )
+        if name not in stored:
+            raise SystemExit(f"--run {name}: {arguments.output}/runs has {', '.join(stored)}.")
     device = engine.pick_device(arguments.device)
     if arguments.image:
         for name in dict.fromkeys(names):

@@ -311,7 +311,7 @@ def draw_sizes(path, sizes):
     """Test accuracy over training photos a class, a line for each network, 95% intervals."""
     figure = Figure(figsize=(WIDTH, 5.5))
     axes = figure.subplots()
-    marks = itertools.cycle("os^Dvp*X")
+    marks = itertools.cycle("os^Dvp*")
     for number, ((label,), rows) in enumerate(group(sizes, "label").items()):
         photos = np.array([row["photos_per_class"] for row in rows])
         accuracy = np.array([row["test_accuracy"] for row in rows])

@@ -34,7 +34,7 @@ SEEDS=${SEEDS:-0}                               # the first chooses, others repe
 TRAIN_PHOTOS=${TRAIN_PHOTOS:-}                   # a class, several: how many photos does it take?
 JOBS=${JOBS:-}                                  # commands at a time; one a processor, up to 8 a GPU
 DEVICE=${DEVICE:-auto}                          # auto, cuda, mps or cpu
-export PYTHON=${PYTHON:-python3}
+PYTHON=${PYTHON:-python3}
 
 fail() { echo "run_all.sh: $*" >&2; exit 1; }
 stage() { printf '\n== %s (%d s) ==\n' "$1" "$SECONDS"; }
@@ -71,6 +71,7 @@ if [[ $SHARE ]]; then
 fi
 [[ $# -le 1 ]] || fail "one argument at most; settings are environment variables"
 [[ ! $JOBS || $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS=$JOBS: how many commands at a time, such as 4"
+[[ $MODELS || $BACKBONES ]] || fail "MODELS and BACKBONES are both empty: nothing to train"
 
 # The training commands, one a line. One thread a run: several at a time fill the processors, and
 # the numbers do not depend on how many there are.
@@ -203,11 +204,13 @@ if [[ ! $DEMO && ! $DATA_GIVEN && ! -d $DATA ]]; then
 fi
 if [[ $DEMO ]]; then announce_demo; fi
 checked=$OUT/photos.txt  # what the check printed; made again for other or newer photos
-folder=$("$PYTHON" -c "import os, sys; print(os.path.realpath(sys.argv[1]))" "$DATA")
+folder=$("$PYTHON" -c \
+  "import os, sys; os.write(1, os.fsencode(os.path.realpath(sys.argv[1])))" "$DATA")
 new=$checked.new-${ME//[^0-9a-z]/-}
 check_photos() {
   { echo "$folder"; "$PYTHON" tools/prepare.py ${DEMO:+--demo} --data "$DATA" --output "$OUT" \
-    --cache "$CACHE" --image-size "$IMAGE_SIZE" "$FINETUNE_IMAGE_SIZE"; } > "$new"
+    --cache "$CACHE" --image-size ${MODELS:+"$IMAGE_SIZE"} ${BACKBONES:+"$FINETUNE_IMAGE_SIZE"}
+  } > "$new"
 }
 if [[ ! -f $checked || $(head -n 1 "$checked") != "$folder" ||
   $(find -L "$DATA" \( -newer "$checked" -o -cnewer "$checked" \) -print -quit) ]]; then

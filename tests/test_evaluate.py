@@ -341,6 +341,8 @@ def test_the_study_is_that_on_the_photos_given(photos, tmp_path):
     train(photos, *ONE_EPOCH, "--seed", "0", "1")
     train(other, *ONE_EPOCH, "--name", "of-other-photos")
     assert choose(other)["models"][0]["runs"] == ["of-other-photos"]
+    run_evaluate(other, "--best")
+    assert Path("results/evaluations/of-other-photos.validation.json").exists()
     with pytest.raises(SystemExit, match="was trained on other photos"):  # a training photo less
         run_evaluate(photos, "--run", "of-other-photos", "--split", "test")
 

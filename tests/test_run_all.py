@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import read_json, read_runs
+from common import read_json, read_runs, write_json
 
 import pytest
 
@@ -128,6 +128,14 @@ def test_another_study_in_the_folder_of_results_is_said_before_any_work(clone):
     assert run_all(clone, "--list", **SMALL).returncode == 0
 
 
+def test_an_empty_setting_leaves_its_part_out(clone):
+    listed = run_all(clone, "--list", BACKBONES="", DROPOUTS="").stdout
+    assert "finetune.py" not in listed and "dropout" not in listed
+    assert len(listed.splitlines()) == 12
+    assert "train_scratch.py" not in run_all(clone, "--list", MODELS="").stdout
+    assert "nothing to train" in run_all(clone, MODELS="", BACKBONES="").stderr
+
+
 def wait_for(condition, process):
     while not condition():
         assert process.poll() is None, "ended too early"
@@ -180,7 +188,8 @@ def test_one_signal_ends_the_study_within_two_seconds_and_the_next_call_goes_on(
 def test_a_failure_stops_the_study_with_its_reason_and_the_rest_goes_on_later(clone):
     (clone / "out/runs").mkdir(parents=True)
     taken = clone / "out/runs" / "plain-lr0.01-bs14-seed0-epochs2-imagesize32.json"
-    taken.write_text("{}")
+    run = read_json(ROOT / "results/reference/runs/plain-lr0.01-bs32-seed0.json")
+    write_json(taken, {**run, "name": taken.stem})  # with other settings
     temporary = clone / "temporary"
     temporary.mkdir()
     result = run_all(clone, **SMALL, TMPDIR=str(temporary))

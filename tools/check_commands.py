@@ -6,7 +6,6 @@ bash run_all.sh --list | python tools/check_commands.py      prints runs, GPUs, 
 
 import shlex
 import sys
-from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,6 +15,7 @@ from common import Parser, cpu_count, read_runs
 import torch
 
 import engine
+import evaluate
 import finetune
 import train_scratch
 
@@ -30,30 +30,32 @@ def count_unfinished(arguments):
 
 
 def refuse_another_study(commands):
-    """Exit with one line if the folder of results holds as many runs of a network with others.
+    """Exit with one line if evaluate.py would take other runs than those of `commands`.
 
-    evaluate.py takes the larger of two groups of runs that differ in more than a grid varies for
-    the study and leaves the other out: better to hear it before days of training.
+    Of several groups of runs of a network that differ in more than a grid varies it takes the
+    largest for the study: better to hear it before days of training.
     """
-
-    def group(config):
-        network = [config.get(key) for key in ("model", "backbone", "unfreeze_convolutions")]
-        return tuple(network), tuple(sorted(engine.settings(config, engine.PLURAL_FLAGS).items()))
-
-    planned, stored = Counter(), Counter()
-    for arguments in commands:
-        planned.update(group(vars(run)) for run in engine.combinations(arguments))
-    for output in {arguments.output for arguments in commands}:
-        stored.update(group(run["config"]) for run in read_runs(output).values())
-    for (network, settings), count in stored.items():
-        for (own, wanted), number in planned.items():
-            other = [key for key, value in wanted if (key, value) not in settings]
-            own_count = max(number, stored[own, wanted])
-            if own == network and other and count >= own_count and "train_photos" not in other:
-                flags = ", ".join(other).replace("_", "-")
+    planned = [
+        {"config": vars(run)} for arguments in commands for run in engine.combinations(arguments)
+    ]
+    stored = [run for output in {a.output for a in commands} for run in read_runs(output).values()]
+    networks = {}
+    for run in planned + stored:
+        key = tuple(run["config"].get(flag) for flag in engine.PREFIX_FLAGS)
+        if not run["config"]["train_photos"]:
+            networks.setdefault(key, []).append(run)
+    for runs in networks.values():
+        if runs[0] in planned:
+            is_transfer = "backbone" in runs[0]["config"]
+            vary = evaluate.CASE_FLAGS if is_transfer else engine.PLURAL_FLAGS
+            largest = evaluate.largest_group(runs, vary)
+            ours, theirs = (engine.settings(run["config"], vary) for run in (runs[0], largest[0]))
+            other = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+            if other:
+                flags = ", ".join(sorted(other)).replace("_", "-")
                 raise SystemExit(
-                    f"{commands[0].output} holds {count} runs with other {flags}: a study of its "
-                    "own, so give another OUT."
+                    f"{runs[0]['config']['output']} holds {len(largest)} runs with other {flags}: "
+                    "a study of its own, so give another OUT."
                 )
 
 

@@ -194,8 +194,9 @@ def in_short(summary, best, verdicts):
     return "\n\n".join(line for line in lines if line)
 
 
-def how_to_read(rows):
+def how_to_read(summary):
     """What the numbers of all tables of results mean."""
+    rows = summary["models"]
     text = """Brackets are 95% intervals for other test photos, not for other seeds. Validation
 accuracies have none: these photos chose epoch, setting and model, so accuracies on them tend to be
 too high. Gap is validation minus test accuracy, in points."""
@@ -204,7 +205,7 @@ too high. Gap is validation minus test accuracy, in points."""
         several = " or ".join(str(count) for count in counts if count > 1)
         text += f" ± is the standard deviation over {several} seeds"
         text += "; there is one seed where it is missing." if counts[0] == 1 else "."
-    if counts[0] == 1:
+    if counts[0] == 1 and summary["comparisons"]:
         text += """ A paired test of two models with one seed compares two runs: what it decides
 holds for other test photos, not for other seeds."""
     if any(row["fresh_seeds"] for row in rows):
@@ -276,7 +277,7 @@ def photos(run):
     caption = "Photos of each class in each split."
     if len(rows) > 40:
         rows = sorted(rows, key=lambda row: row[1])[:20]
-        caption = "Photos in each split, of 20 classes: none has fewer to train."
+        caption = "Photos in each split, of the 20 classes with the fewest to train, or as few."
     return f"""## The photos
 
 {warning}
@@ -386,11 +387,13 @@ def grid_of(model, chosen, summary, runs):
     reached = low if low == high else f"{low} to {high}"
     means = []
     for key in plot.SETTING:
-        values = []
-        for (value,), own in sorted(plot.group(lines, key).items()):
-            mean = plot.mean_accuracy(own)  # over all settings, or it compares different ones
-            values.append(f"{'failed in part' if np.isnan(mean) else f'{mean:.1%}'} ({value:g})")
+        groups = sorted(plot.group(finished, key).items())
+        values = [f"{plot.mean_accuracy(own):.1%} ({value:g})" for (value,), own in groups]
         means.append(f"by {key.replace('_', ' ')} {', '.join(values)}")
+    if len(finished) < len(lines):  # the means would be over different settings
+        compared_means = "some of its runs have failed"
+    else:
+        compared_means = f"the means are {listing(means)}"
     [row] = [row for row in summary["models"] if chosen["run"] in row["runs"]]
     chance = "With one seed it is open how much of this is chance."
     if row["validation_spread"] is not None:
@@ -401,7 +404,7 @@ def grid_of(model, chosen, summary, runs):
     if overfits:
         judgement = "it overfits (a rise by more than 5%)"
     return f"""The {model} network reaches {reached} on validation, the best epoch of each setting;
-the means are {listing(means)}. {chance} Chosen: learning rate
+{compared_means}. {chance} Chosen: learning rate
 {chosen["learning_rate"]:g}, batch {chosen["batch_size"]}.
 {edge(rates, chosen["learning_rate"])} Its validation loss (seed {chosen["seed"]}) {loss}:
 {judgement}."""
@@ -791,7 +794,8 @@ def by_class(best, runs, output):
         return ""
     shown, which = range(len(classes)), ""
     if len(classes) > 40:
-        shown, which = np.argsort(columns[-1])[:20], " The 20 classes with the lowest F1."
+        shown = np.argsort(columns[-1])[:20]
+        which = f" The 20 classes with the lowest F1 of {names[-1]}."
     rows = [
         (classes[i], counts[classes[i]], *(f"{column[i]:.0%}" for column in columns)) for i in shown
     ]
@@ -814,8 +818,8 @@ of {other_run["config"]["image_size"]} px: they differ in more than in where the
     rows = sorted(summary["models"], key=lambda row: -row["validation_accuracy"])
     minutes = sum(run["seconds"] for run in runs.values()) / 60
     seeds = listing([str(n) for n in sorted({run["config"]["seed"] for run in runs.values()})])
-    shared = "shared features counted in each, " if "finetune" in best else ""
-    cost = f"""The seconds of all {len(runs)} runs, {shared}add up to {minutes:.0f} minutes; seeds:
+    shared = ", shared features counted in each," if "finetune" in best else ""
+    cost = f"""The seconds of all {len(runs)} runs{shared} add up to {minutes:.0f} minutes; seeds:
 {seeds}."""
     if summary["left_out"]:
         cost += f" Left out, of no part in the study: {listing(summary['left_out'])}."
@@ -838,6 +842,7 @@ Wilson, 1927; McNemar, 1947.*"""
 
 WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 FIGURE = re.compile(r"!\[(.*)\]\(<(.*)>\)")
+LIST = re.compile(r"[-*+>] |\d+[.)] ")
 
 
 def write_report(output):
@@ -849,7 +854,7 @@ def write_report(output):
     dropout, backbones, cases = paired_verdicts(summary)
     parts = ["# How well can a small CNN learn a few thousand photos?", title_block(runs)]
     parts.append(in_short(summary, best, [dropout[0], cases[0], backbones[0]]))
-    parts.append(how_to_read(summary["models"]))
+    parts.append(how_to_read(summary))
     notes = output / "notes.md"  # of the author: what only they know of photos and weights
     if notes.is_file():
         parts.append(notes.read_text(errors="replace"))
@@ -875,7 +880,7 @@ def write_report(output):
     # A blank line ends a block, but not within a function, where indented code follows.
     for block in re.split(r"\n\n+(?! )", printable("\n\n".join(part for part in parts if part))):
         if not block.startswith("!["):
-            is_text = not re.match(r"#|\||```|[-*+>] |\d+[.)] ", block)
+            is_text = not block.startswith(("#", "|", "```")) and not LIST.match(block)
             blocks.append(textwrap.fill(block, 100, **WHOLE_WORDS) if is_text else block)
             continue
         found = [(text, path) for text, path in FIGURE.findall(block) if (output / path).exists()]
@@ -907,7 +912,8 @@ def set_pages(blocks, folder, file):
     """Write the blocks of write_report(folder) as a PDF to an open binary file."""
     pages, y = [], 0.0  # y: inches above the bottom edge of the last page
     for block in blocks:
-        start = next(start for start in LOOKS if block.startswith(start))
+        is_list = LIST.match(block)
+        start = "" if is_list else next(start for start in LOOKS if block.startswith(start))
         room, look = LOOKS[start]
         if start == "![":
             row = [Image.open(folder / path).convert("RGB") for _, path in FIGURE.findall(block)]
@@ -927,8 +933,9 @@ def set_pages(blocks, folder, file):
         else:  # how wide a letter is on average; a line of wide ones goes into the margin
             letter = look["size"] * (0.6 if "weight" in look else 0.52)
             letters = int(72 * WIDTH / letter)
-            text = block.removeprefix(start).removesuffix("*")
-            lines = textwrap.wrap(text, letters, **WHOLE_WORDS)
+            text = block if is_list else block.removeprefix(start).removesuffix("*")
+            parts = text.split("\n") if is_list else [text]
+            lines = [line for part in parts for line in textwrap.wrap(part, letters, **WHOLE_WORDS)]
         if start != "![":
             height = 1.4 * look["size"] / 72
         for line in lines:

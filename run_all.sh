@@ -40,8 +40,8 @@ fail() { echo "run_all.sh: $*" >&2; exit 1; }
 stage() { printf '\n== %s (%d s) ==\n' "$1" "$SECONDS"; }
 
 use_demo() {
-  DEMO=yes DATA=demo OUT=${OUT%/}/demo EPOCHS=4 IMAGE_SIZE=48 FINETUNE_IMAGE_SIZE=96
-  FC_LEARNING_RATES="0.001 0.004" LAST2_LEARNING_RATES="0.001 0.004" WEIGHTS=none
+  DEMO=yes DATA=demo OUT=${OUT%/}/demo EPOCHS=3 IMAGE_SIZE=48 FINETUNE_IMAGE_SIZE=64
+  LEARNING_RATES="0.02 0.04" FC_LEARNING_RATES="0.001 0.004" LAST2_LEARNING_RATES="0.001 0.004" WEIGHTS=none
 }
 announce_demo() {
   printf '%s\n' "" "************************* DEMO *************************" \
@@ -160,7 +160,7 @@ end_group() {  # after half a second by force, which loses no more than a power 
 stop() {
   trap '' INT TERM HUP
   [[ ! $group ]] || end_group || true
-  echo "run_all.sh: interrupted; finished epochs are kept, the next call goes on" >&8
+  echo "run_all.sh: interrupted; the next call goes on from what is stored" >&8
   exit 130
 }
 group=
@@ -276,7 +276,7 @@ for commands in grid_commands chosen_commands; do
   fi
   run train < <($commands | share) || {
     cat "$FAILED" >&2
-    fail "training stopped; finished epochs are kept, the next call goes on"
+    fail "training stopped; the next call goes on from what is stored"
   }
 done
 if [[ $SHARE ]]; then

@@ -267,7 +267,7 @@ def test_of_equally_good_models_the_first_is_taken():
 
 
 def test_the_whole_study_from_the_grid_to_the_summary(photos, capsys):
-    train(photos, "--learning-rate", "0.01", "0.02")
+    train(photos, "--learning-rate", "0.002", "0.004")
     train(photos, "--best-of-grid", "--dropout", "0.2")
     summary = choose(photos)
     assert len(summary["grid"]) == 2 and len(summary["dropout"]) == 2

@@ -73,15 +73,12 @@ def test_archive_that_leads_out_of_the_folder_is_refused(tmp_path, member):
 
 
 def test_archive_that_would_fill_the_disk_is_refused(tmp_path):
-    with (
-        zipfile.ZipFile("a.zip", "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("train/pizza/x.jpg", "w", force_zip64=True) as member,
-    ):
-        for _ in range(2100):
-            member.write(bytes(2**20))
+    with zipfile.ZipFile("a.zip", "w") as archive:
+        archive.writestr("train/pizza/x.jpg", b"small")
+        archive.infolist()[0].file_size = 2**31 + 1  # what it declares at the end
     with pytest.raises(ValueError, match="would unpack to"):
         prepare.unpack_archive("a.zip", tmp_path / "food11", COUNTS, classes=2)
-    assert os.listdir() == ["a.zip"] and os.path.getsize("a.zip") < 2**22
+    assert os.listdir() == ["a.zip"]
 
 
 @pytest.mark.parametrize(("counts", "classes"), [(COUNTS | {"test": 3}, 2), (COUNTS, 11)])

@@ -15,7 +15,7 @@ import pytest
 
 import finetune
 import train_scratch
-from tests.helpers import TINY, default_signals
+from tests.helpers import TINY, default_signals, lively_weights
 
 ROOT = Path(__file__).parent.parent
 LAST_LAYER = ["--backbone", "mobilenet_v3_small", "--unfreeze-convolutions", "0", "--views", "2"]
@@ -52,6 +52,7 @@ def run(processes, script, photos, *flags):
 @pytest.mark.parametrize("memory", ["0", "4"])
 def test_two_processes_train_a_last_layer_to_the_same_losses(photos, memory):
     flags = [*LAST_LAYER, "--feature-memory", memory]
+    flags += ["--weights", lively_weights(photos, "mobilenet_v3_small")]
     finetune.main(["--data", str(photos), *flags, "--name", "one"])
     out = run(2, "finetune.py", photos, *flags, "--name", "two")
     assert len(re.findall("best validation accuracy", out)) == 1  # one speaks for all
@@ -80,7 +81,8 @@ def test_what_the_first_process_refuses_is_one_line_of_all(photos):
 
 
 def test_two_processes_train_from_scratch_to_the_same_accuracy(photos):
-    flags = [*TINY, "--weight-decay", "0.01", "--seed", "0", "1"]
+    flags = [*TINY, "--optimizer", "muon", "--learning-rate", "0.02"]
+    flags += ["--weight-decay", "0.01", "--seed", "0", "1"]
     run(2, "train_scratch.py", photos, *flags)
     runs = common.read_runs("results").values()
     assert [trained["best"]["validation_accuracy"] for trained in runs] == [1.0, 1.0]

@@ -62,10 +62,10 @@ def test_the_demo_goes_through_every_stage_and_the_notebook_shows_it(clone):
     result = run_all(clone, "--demo")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert result.stdout.count("These are NOT results") == 2
-    assert "run 28 of 28, 0 minutes left" in result.stdout
+    assert "run 24 of 24, 0 minutes left" in result.stdout
     output = clone / "results" / "demo"
     summary = read_json(output / "summary.json")
-    assert len(summary["grid"]) == 12 and len(summary["dropout"]) == 6
+    assert len(summary["grid"]) == 8 and len(summary["dropout"]) == 6
     assert len(summary["transfer"]) == 12 and len(summary["models"]) == 12
     assert all(row["test_accuracy"] is not None for row in summary["models"])
     runs = read_runs(output).values()
@@ -129,10 +129,11 @@ def test_another_study_in_the_folder_of_results_is_said_before_any_work(clone):
 
 
 def test_an_empty_setting_leaves_its_part_out(clone):
-    listed = run_all(clone, "--list", BACKBONES="", DROPOUTS="").stdout
+    settings = {"PYTHON": "false"}  # without the packages nothing is checked
+    listed = run_all(clone, "--list", BACKBONES="", DROPOUTS="", **settings).stdout
     assert "finetune.py" not in listed and "dropout" not in listed
     assert len(listed.splitlines()) == 12
-    assert "train_scratch.py" not in run_all(clone, "--list", MODELS="").stdout
+    assert "train_scratch.py" not in run_all(clone, "--list", MODELS="", **settings).stdout
     assert "nothing to train" in run_all(clone, MODELS="", BACKBONES="").stderr
 
 
@@ -168,21 +169,23 @@ def training(clone):
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_one_signal_ends_the_study_within_two_seconds_and_the_next_call_goes_on(clone, ending):
-    with started(clone, EPOCHS="2000") as process:
-        wait_for(lambda: len(training(clone)) >= 2, process)
-        time.sleep(4)  # past the imports
-        second = run_all(clone, **SMALL)
-        assert second.returncode != 0 and f"process {process.pid}" in second.stderr
-        process.send_signal(ending)
-        begin = time.perf_counter()
-        _, printed = process.communicate(timeout=20)
-    assert process.returncode == 130 and time.perf_counter() - begin < 2
-    assert not training(clone)
-    assert printed.strip().splitlines() == [
-        "run_all.sh: interrupted; finished epochs are kept, the next call goes on"
-    ]
+def test_one_signal_ends_the_study_within_two_seconds(clone):
+    settings, locks = {"EPOCHS": "2000", "MODELS": "plain", "BACKBONES": ""}, clone / "out/.locks"
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        shutil.rmtree(locks, ignore_errors=True)
+        with started(clone, **settings) as process:
+            wait_for(lambda: len(list(locks.glob("*"))) >= 2, process)  # two runs are trained
+            if ending == signal.SIGINT:
+                second = run_all(clone, **SMALL)
+                assert second.returncode != 0 and f"process {process.pid}" in second.stderr
+            process.send_signal(ending)
+            begin = time.perf_counter()
+            _, printed = process.communicate(timeout=20)
+        assert process.returncode == 130 and time.perf_counter() - begin < 2
+        assert not training(clone)
+        assert printed.strip().splitlines() == [
+            "run_all.sh: interrupted; the next call goes on from what is stored"
+        ]
 
 
 def test_a_failure_stops_the_study_with_its_reason_and_the_rest_goes_on_later(clone):
@@ -192,15 +195,17 @@ def test_a_failure_stops_the_study_with_its_reason_and_the_rest_goes_on_later(cl
     write_json(taken, {**run, "name": taken.stem})  # with other settings
     temporary = clone / "temporary"
     temporary.mkdir()
-    result = run_all(clone, **SMALL, TMPDIR=str(temporary))
+    settings = {**SMALL, "MODELS": "plain", "BACKBONES": ""}
+    result = run_all(clone, **settings, TMPDIR=str(temporary))
     assert result.returncode != 0 and not list(temporary.glob("tmp.*"))
     assert "failed: " in result.stderr and "train_scratch.py --image-size 32" in result.stderr
     assert taken.name in result.stderr
     assert not list((clone / "out/runs").glob("*dropout0.2-seed*")) and not training(clone)
     taken.unlink()
-    result = run_all(clone, **{**SMALL, "LEARNING_RATES": "0.01 1e30"})
+    result = run_all(clone, **{**settings, "LEARNING_RATES": "0.01 1e30"})
     assert result.returncode != 0 and "some runs failed" in result.stderr  # and nothing else
     summary = read_json(clone / "out/summary.json")
-    assert {failure["run"].split("-")[0] for failure in summary["failed"]} == {"plain", "residual"}
+    [failure] = summary["failed"]
+    assert failure["run"].startswith("plain-lr1e+30")
     assert all(row["test_accuracy"] is not None for row in summary["models"])
     assert (clone / "out/report.pdf").exists()

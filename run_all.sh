@@ -22,7 +22,7 @@ CACHE=${CACHE:-.cache}                          # decoded photos and downloads
 EPOCHS=${EPOCHS:-50}                            # of every run
 IMAGE_SIZE=${IMAGE_SIZE:-96}                    # pixels, networks from scratch
 FINETUNE_IMAGE_SIZE=${FINETUNE_IMAGE_SIZE:-288} # pixels, pre-trained networks
-MODELS=${MODELS-plain residual}                # from scratch, of models.py
+MODELS=${MODELS-plain residual}                 # from scratch, of models.py
 LEARNING_RATES=${LEARNING_RATES:-0.01 0.02 0.04}
 BATCH_SIZES=${BATCH_SIZES:-32 64}
 DROPOUTS=${DROPOUTS-0.2 0.4}
@@ -41,7 +41,8 @@ stage() { printf '\n== %s (%d s) ==\n' "$1" "$SECONDS"; }
 
 use_demo() {
   DEMO=yes DATA=demo OUT=${OUT%/}/demo EPOCHS=3 IMAGE_SIZE=48 FINETUNE_IMAGE_SIZE=64
-  LEARNING_RATES="0.02 0.04" FC_LEARNING_RATES="0.001 0.004" LAST2_LEARNING_RATES="0.001 0.004" WEIGHTS=none
+  LEARNING_RATES="0.02 0.04" FC_LEARNING_RATES="0.001 0.004" LAST2_LEARNING_RATES="0.001 0.004"
+  WEIGHTS=none
 }
 announce_demo() {
   printf '%s\n' "" "************************* DEMO *************************" \

@@ -76,13 +76,18 @@ def run_name(text):
     return text
 
 
-def add_place_flags(parser):
-    """The flags that say where things are, the same in every script."""
+def add_folder_flags(parser, data_help="folder of photos", data="food11"):
+    """The flags that say in which folders things are, the same in every script."""
     flag = parser.add_argument
-    flag("--data", default="food11", metavar="DIR", help="folder of photos")
+    flag("--data", default=data, metavar="DIR", help=data_help)
     flag("--output", default="results", metavar="DIR", help="folder of results")
     flag("--cache", default=".cache", metavar="DIR", help="folder of decoded photos")
-    flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
+
+
+def add_place_flags(parser):
+    """add_folder_flags() and the device, of what computes with networks."""
+    add_folder_flags(parser)
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
 
 
 def split_folder(directory, split):

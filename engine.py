@@ -189,6 +189,13 @@ def settings(config, without=()):
     return {key: value for key, value in config.items() if key not in left_out}
 
 
+def differing_flags(config, other, without=()):
+    """Flags that decide the result of a run, as they are typed, in which two configs differ."""
+    ours, theirs = settings(config, without), settings(other, without)
+    different = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+    return sorted(key.replace("_", "-") for key in different)
+
+
 def why_finished(run, photos):
     """What to say of this run if output/ holds it, with these settings, of these photos, or None.
 
@@ -198,13 +205,12 @@ def why_finished(run, photos):
     if not path.exists():
         return None
     stored = read_json(path, "config", "data", "best")
-    ours, theirs = settings(vars(run)), settings(stored["config"])
-    other = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+    other = differing_flags(vars(run), stored["config"])
     if stored["data"]["fingerprint"] != photos.description["fingerprint"]:
         other.append("photos")
     if other:
         raise SystemExit(
-            f"{path} is a run with other {', '.join(other).replace('_', '-')}: give another "
+            f"{path} is a run with other {', '.join(other)}: give another "
             "--output (OUT of run_all.sh) or --name, or delete it."
         )
     if "failed" in stored:

@@ -582,20 +582,23 @@ def slope_per_doubling(sizes, right, draws=2000):
     return {"slope": float(of_photo.mean()), "interval_95": [float(low), float(high)]}
 
 
-def summarise(output, photos=None):
+def summarise(output, directory=None, cache=None):
     """Build summary.json, but for the comparisons, from the runs and evaluations in `output`.
 
     A study is the runs on the same photos, of each network those that differ only in what is tuned,
-    one for each combination of settings. photos: their fingerprint; if it is None, or no run has
-    it, that of the most runs.
+    one for each combination of settings. The photos are those of the data folder `directory`; if it
+    is None, or no run is of them, those of the most runs. cache: of decoded photos.
     """
     runs = list(read_runs(output).values())
     if not runs:
         raise SystemExit(f"{output}/runs holds no finished run: train one first.")
     fingerprints = [run["data"]["fingerprint"] for run in runs]
     fingerprint = max(sorted(set(fingerprints)), key=fingerprints.count)
-    if photos in fingerprints:
-        fingerprint = photos
+    if directory is not None:
+        size = min(run["config"]["image_size"] for run in runs)  # fingerprints know no size
+        for known in set(fingerprints):
+            if is_of(known, directory, size, cache):
+                fingerprint = known
     study, known = [], []
     for run in runs:
         run_settings = engine.settings(run["config"])
@@ -681,15 +684,9 @@ def main(argv=None):
     if arguments.chosen and (arguments.flip or arguments.other_photos):
         parser.error("--chosen measures without --flip and --other-photos; name runs with --run")
     names, split = list(arguments.run), arguments.split or "validation"
-    photos = None
-    if arguments.chosen or (arguments.best and not arguments.image):
-        runs = read_runs(arguments.output).values()
-        for fingerprint in {run["data"]["fingerprint"] for run in runs}:
-            size = min(run["config"]["image_size"] for run in runs)  # the same at all of them
-            if is_of(fingerprint, arguments.data, size, arguments.cache):
-                photos = fingerprint
     if arguments.best or arguments.chosen:
-        summary = summarise(arguments.output, photos)
+        directory = None if arguments.image else arguments.data  # other photos need no study's
+        summary = summarise(arguments.output, directory, arguments.cache)
         rows, sizes = summary["models"], summary["sizes"]
         if not rows:
             what = "no run without dropout, on all photos, that has not failed"
@@ -720,7 +717,7 @@ def main(argv=None):
             f"(95% interval {low:.1%} to {high:.1%})"
         )
     if arguments.chosen:
-        summary = summarise(arguments.output, photos)
+        summary = summarise(arguments.output, arguments.data, arguments.cache)
         summary["comparisons"] = compare(summary["models"], arguments.output)
         write_json(Path(arguments.output, "summary.json"), summary)
         print_summary(summary)

@@ -137,8 +137,9 @@ END
 }
 all_commands() { grid_commands; chosen_commands; }
 check() { "$PYTHON" tools/check_commands.py "$@"; }  # before any work; prints what it counts
+# The python at hand, or the virtual environment of our own if it lacks a package.
+! lacks "$PYTHON" || lacks .venv/bin/python || PYTHON=.venv/bin/python
 if [[ $LIST ]]; then
-  ! lacks "$PYTHON" || lacks .venv/bin/python || PYTHON=.venv/bin/python
   lacks "$PYTHON" || all_commands | check > /dev/null
   all_commands; exit 0
 fi
@@ -168,15 +169,13 @@ group=
 exec 8>&2
 trap stop INT TERM HUP
 
-stage "set-up"  # the python at hand, or a virtual environment of our own if it lacks a package
+stage "set-up"
 command -v "$PYTHON" > /dev/null || fail "no $PYTHON here: install Python 3.10 or newer"
 install() { "$PYTHON" -m venv .venv && .venv/bin/python -m pip install --quiet -r requirements.txt; }
 if lacks "$PYTHON"; then
-  if lacks .venv/bin/python; then
-    [[ ! $SHARE ]] || fail "a share installs nothing: pip install -r requirements.txt first"
-    echo "installing requirements.txt into .venv (a few minutes, a few GB, only once)"
-    run install || fail "installing failed; see above. Remove .venv before you try again."
-  fi
+  [[ ! $SHARE ]] || fail "a share installs nothing: pip install -r requirements.txt first"
+  echo "installing requirements.txt into .venv (a few minutes, a few GB, only once)"
+  run install || fail "installing failed; see above. Remove .venv before you try again."
   PYTHON=.venv/bin/python
 fi
 "$PYTHON" -V

@@ -175,9 +175,8 @@ def test_one_signal_ends_the_study_within_two_seconds(clone):
         shutil.rmtree(locks, ignore_errors=True)
         with started(clone, **settings) as process:
             wait_for(lambda: len(list(locks.glob("*"))) >= 2, process)  # two runs are trained
-            if ending == signal.SIGINT:
-                second = run_all(clone, **SMALL)
-                assert second.returncode != 0 and f"process {process.pid}" in second.stderr
+            second = run_all(clone, **SMALL)
+            assert second.returncode != 0 and f"process {process.pid}" in second.stderr
             process.send_signal(ending)
             begin = time.perf_counter()
             _, printed = process.communicate(timeout=20)
@@ -195,7 +194,7 @@ def test_a_failure_stops_the_study_with_its_reason_and_the_rest_goes_on_later(cl
     write_json(taken, {**run, "name": taken.stem})  # with other settings
     temporary = clone / "temporary"
     temporary.mkdir()
-    settings = {**SMALL, "MODELS": "plain", "BACKBONES": ""}
+    settings = {**SMALL, "BACKBONES": ""}
     result = run_all(clone, **settings, TMPDIR=str(temporary))
     assert result.returncode != 0 and not list(temporary.glob("tmp.*"))
     assert "failed: " in result.stderr and "train_scratch.py --image-size 32" in result.stderr
@@ -205,7 +204,6 @@ def test_a_failure_stops_the_study_with_its_reason_and_the_rest_goes_on_later(cl
     result = run_all(clone, **{**settings, "LEARNING_RATES": "0.01 1e30"})
     assert result.returncode != 0 and "some runs failed" in result.stderr  # and nothing else
     summary = read_json(clone / "out/summary.json")
-    [failure] = summary["failed"]
-    assert failure["run"].startswith("plain-lr1e+30")
+    assert {failure["run"].split("-")[0] for failure in summary["failed"]} == {"plain", "residual"}
     assert all(row["test_accuracy"] is not None for row in summary["models"])
     assert (clone / "out/report.pdf").exists()

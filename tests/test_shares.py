@@ -25,20 +25,14 @@ def test_shares_train_everything_once_and_leave_evaluation_to_a_plain_call(clone
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    settings = {
-        **SETTINGS,
-        "MODELS": "plain",
-        "DROPOUTS": "0.2 0.4",
-        "PYTHON": "python",
-        "PATH": f"{python.parent}:{os.environ['PATH']}",
-    }
+    settings = {**SETTINGS, "PYTHON": "python", "PATH": f"{python.parent}:{os.environ['PATH']}"}
     for share in ("1/2", "2/2", "1/2"):
         result = run_all(clone, "--share", share, **settings)
         assert result.returncode == 0, result.stdout + result.stderr
         printed.append(result.stdout)
         trained.append(set(read_runs(clone / "out")))
-    assert "the rest waits for 3 runs of other shares" in printed[0]
-    assert [len(names) for names in trained] == [2, 2 + 3 + 1, 2 + 3 + 2]
+    assert "the rest waits for 4 runs of other shares" in printed[0]
+    assert [len(names) for names in trained] == [3, 3 + 4 + 1, 3 + 4 + 2]
     assert all("a plain bash run_all.sh evaluates" in text for text in printed[1:])
     assert not (clone / "out/summary.json").exists()
 

@@ -35,28 +35,29 @@ def refuse_another_study(commands):
     Of several groups of runs of a network that differ in more than a grid varies it takes the
     largest for the study: better to hear it before days of training.
     """
-    planned = [
-        {"config": vars(run)} for arguments in commands for run in engine.combinations(arguments)
-    ]
-    stored = [run for output in {a.output for a in commands} for run in read_runs(output).values()]
+
+    def network(config):
+        return tuple(config.get(flag) for flag in engine.PREFIX_FLAGS)
+
     networks = {}
-    for run in planned + stored:
-        key = tuple(run["config"].get(flag) for flag in engine.PREFIX_FLAGS)
-        if not run["config"]["train_photos"]:
-            networks.setdefault(key, []).append(run)
-    for runs in networks.values():
-        if runs[0] in planned:
-            is_transfer = "backbone" in runs[0]["config"]
-            vary = evaluate.CASE_FLAGS if is_transfer else engine.PLURAL_FLAGS
-            largest = evaluate.largest_group(runs, vary)
-            ours, theirs = (engine.settings(run["config"], vary) for run in (runs[0], largest[0]))
-            other = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
-            if other:
-                flags = ", ".join(sorted(other)).replace("_", "-")
-                raise SystemExit(
-                    f"{runs[0]['config']['output']} holds {len(largest)} runs with other {flags}: "
-                    "a study of its own, so give another OUT."
-                )
+    for arguments in commands:
+        for run in engine.combinations(arguments):
+            if not run.train_photos:
+                networks.setdefault(network(vars(run)), []).append({"config": vars(run)})
+    for output in {arguments.output for arguments in commands}:
+        for run in read_runs(output).values():
+            if network(run["config"]) in networks and not run["config"]["train_photos"]:
+                networks[network(run["config"])].append(run)
+    for planned, *others in networks.values():
+        config = planned["config"]
+        vary = evaluate.CASE_FLAGS if "backbone" in config else engine.PLURAL_FLAGS
+        largest = evaluate.largest_group([planned, *others], vary)
+        other = engine.differing_flags(config, largest[0]["config"], vary)
+        if other:
+            raise SystemExit(
+                f"{config['output']} holds {len(largest)} runs with other {', '.join(other)}: a "
+                "study of its own, so give another OUT."
+            )
 
 
 def main():

@@ -34,6 +34,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import (
     Parser,
+    add_folder_flags,
     atomic_file,
     cpu_count,
     number,
@@ -449,22 +450,19 @@ def check(directory, sheet):
 
 def main(argv=None):
     parser = Parser(__doc__)
-    flag = parser.add_argument
-    flag("--data", metavar="DIR", help="folder of photos; default: food11, with --demo demo")
-    flag("--output", default="results", metavar="DIR", help="folder of results")
-    flag("--cache", default=".cache", metavar="DIR", help="folder of decoded photos, downloads")
+    add_folder_flags(parser, "folder of photos; default: food11, with --demo demo", data=None)
     first = parser.add_mutually_exclusive_group()
     first.add_argument("--download", action="store_true", help="fetch Food-11 into --data first")
     first.add_argument("--demo", action="store_true", help="draw a made-up set into --data first")
     first.add_argument("--split", metavar="DIR", help="split a folder of class folders into --data")
-    flag(
+    parser.add_argument(
         "--image-size",
         type=number(int, 32, 2048),
         nargs="+",
         default=[96],
         help="sizes to decode train/ and validation/ to in advance",
     )
-    flag(
+    parser.add_argument(
         "--classes",
         choices=("food11", "all"),
         default="food11",

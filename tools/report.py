@@ -403,11 +403,14 @@ def grid_of(model, chosen, summary, runs):
     judgement = "no sign of overfitting (which would be a rise by more than 5%)"
     if overfits:
         judgement = "it overfits (a rise by more than 5%)"
-    return f"""The {model} network reaches {reached} on validation, the best epoch of each setting;
-{compared_means}. {chance} Chosen: learning rate
-{chosen["learning_rate"]:g}, batch {chosen["batch_size"]}.
-{edge(rates, chosen["learning_rate"])} Its validation loss (seed {chosen["seed"]}) {loss}:
-{judgement}."""
+    return paragraph(
+        f"""The {model} network reaches {reached} on validation, the best epoch of each setting;
+{compared_means}.""",
+        chance,
+        f"Chosen: learning rate {chosen['learning_rate']:g}, batch {chosen['batch_size']}.",
+        edge(rates, chosen["learning_rate"]),
+        f"Its validation loss (seed {chosen['seed']}) {loss}: {judgement}.",
+    )
 
 
 def grid(summary, runs):
@@ -895,7 +898,7 @@ def write_report(output):
 
 PAGE, MARGIN, GAP = (8.27, 11.69), 0.75, 0.15  # inches
 WIDTH = PAGE[0] - 2 * MARGIN
-FIGURE_HEIGHT = 3.0  # inches, at most
+FIGURE_HEIGHT = 2.9  # inches, at most
 # How a block begins: the inches that must be left for it on a page, its look (size in points).
 LOOKS = {
     "# ": (0.0, {"size": 18, "weight": "bold"}),

@@ -61,6 +61,10 @@ def together(seeds):
     return f", {seeds} seeds together" if seeds > 1 else ""
 
 
+def mean_of(seeds):
+    return f" (mean of {seeds} seeds)" if seeds > 1 else ""
+
+
 def half_width(photos, accuracy):
     """Half the 95% interval of an accuracy near `accuracy` on that many photos, in points."""
     low, high = evaluate.wilson_interval(accuracy, photos)
@@ -120,13 +124,15 @@ def compare_pairs(summary, pairs, question):
         if line["p_value"] < level:
             decided.append(f"{a} is {'better' if difference > 0 else 'worse'} than {b}")
     number = len(decided) if decided else "None"
-    which = f": {'; '.join(decided)}." if decided else "."
+    differences = span([difference for _, _, (_, difference, _, _) in found])
+    which = f": {'; '.join(decided)}." if decided else f" ({differences} points on test)."
     decide = "decide" if len(decided) > 1 else "decides"
     sentence = f"{number} of {len(rows)} paired comparisons {decide} {question}{which}"
     head = "a", "against b", "a - b, points", "95% interval", "p", "method"
     caption = "Differences in test accuracy on the same photos. A pair counts as decided if "
     caption += f"p < {level:.3g}"
-    caption += ": 0.05 divided by the number of pairs." if len(rows) > 1 else "."
+    caption += ": 0.05 divided by the number of pairs" if len(rows) > 1 else ""
+    caption += "; its interval may exclude 0 before that." if len(rows) > 1 else "."
     return sentence, table(head, rows, caption)
 
 
@@ -169,7 +175,7 @@ def paired_verdicts(summary):
     cases = [(label, f"{network_of(label)} (FC only)") for label in labels]
     return (
         compare_pairs(summary, dropout, "whether dropout helps"),
-        compare_pairs(summary, backbones, "whether the best backbone is better than the others"),
+        compare_pairs(summary, backbones, "whether the best backbone is better than another"),
         compare_pairs(summary, cases, "whether training more than the last layer helps"),
     )
 
@@ -208,13 +214,17 @@ too high. Gap is validation minus test accuracy, in points."""
     if counts[0] == 1 and summary["comparisons"]:
         text += """ A paired test of two models with one seed compares two runs: what it decides
 holds for other test photos, not for other seeds."""
+    elif summary["comparisons"]:
+        text += """ A paired test of models with several seeds takes photos and seeds as samples
+(crossed random effects, Student's t, Satterthwaite's degrees of freedom)."""
     if any(row["fresh_seeds"] for row in rows):
         text += """ Fresh seeds had no part in choosing learning rate and batch size, so that their
 mean owes nothing to that choice."""
     seconds = "of the fastest run"
     if any(row["kind"] == "finetune" for row in rows):
         seconds += ", features of frozen layers included"
-    return f"{text} Trained: number of parameters trained. Seconds: {seconds}."
+    return f"""{text} Trained: number of parameters trained. Seconds: {seconds}; other runs may have
+shared the machine, so they are no measure of a network's speed."""
 
 
 def results_table(rows, caption):
@@ -368,8 +378,6 @@ Training loss and accuracy are of these distorted photos, the loss with label sm
 loss and accuracy are of undistorted ones, without. So compare the course of the two, not their
 height.
 
-{code(engine.orthogonalise) if config["optimizer"] == "muon" else ""}
-
 Accuracy and confusion matrix are computed by hand; recall, precision and F1 follow from the matrix:
 
 {code(evaluate.confusion_matrix)}"""
@@ -399,6 +407,18 @@ def grid_of(model, chosen, summary, runs):
     if row["validation_spread"] is not None:
         chance = f"""By chance alone, from seed to seed, the chosen setting varies by
 {100 * row["validation_spread"]:.1f} points (standard deviation over {len(row["seeds"])} seeds)."""
+    count = sum(runs[chosen["run"]]["data"]["counts"]["validation"].values())
+    chance += f""" Each of these accuracies has an interval of
+±{half_width(count, np.mean(accuracies)):.1f} points over other validation photos."""
+    settings = plot.group(finished, *plot.SETTING).values()
+    best = max(plot.mean_accuracy(own) for own in settings)
+    ties = [own[0] for own in settings if plot.mean_accuracy(own) == best and not own[0]["chosen"]]
+    tie, at_edge = "", edge(rates, chosen["learning_rate"])
+    if ties:
+        names = listing([plot.setting_name(line) for line in ties])
+        tie = f"As accurate: {names}; the lower validation loss decided."
+    if not all(edge(rates, line["learning_rate"]) for line in ties):
+        at_edge = ""
     loss, overfits = overfitting(runs[chosen["run"]])
     judgement = "no sign of overfitting (which would be a rise by more than 5%)"
     if overfits:
@@ -408,7 +428,8 @@ def grid_of(model, chosen, summary, runs):
 {compared_means}.""",
         chance,
         f"Chosen: learning rate {chosen['learning_rate']:g}, batch {chosen['batch_size']}.",
-        edge(rates, chosen["learning_rate"]),
+        tie,
+        at_edge,
         f"Its validation loss (seed {chosen['seed']}) {loss}: {judgement}.",
     )
 
@@ -497,12 +518,16 @@ def scratch(summary, runs, dropout):
     plain = [row for row in rows if row["label"] in without]
     skips = ""
     if [row["label"] for row in plain] == ["plain CNN", "residual CNN"]:
-        skips = """Skips were made for networks of dozens of layers: without them a deeper one had
-a higher training error than a shallower one, in spite of batch normalisation (He et al.). Five
-layers may be few enough to learn without. In larger trials, one setting for both, 6050 test photos
-of Food-11's dishes at 64 px, the skip gave +0.2 points [-2.1, +2.5] (3 seeds) and, by an earlier
-recipe, +0.1 [-0.8, +1.0] (5 seeds). How it is built matters more: pooled by the maximum and added
-before the ReLU it gave -1.0 [-1.8, -0.3] (results/EXPERIMENTS.md)."""
+        found = compared(summary, "residual CNN", "plain CNN")
+        few = "Five layers may be few enough to learn without."
+        if found and found[0]["different"] and found[1] > 0:
+            few = ""
+        skips = f"""Skips were made for networks of dozens of layers: without them a deeper one had
+a higher training error than a shallower one, in spite of batch normalisation (He et al.). {few} In
+larger trials, one setting for both, 6050 test photos of Food-11's dishes at 64 px, the skip gave
++0.2 points [-2.1, +2.5] (3 seeds) and, by an earlier recipe, +0.1 [-0.8, +1.0] (5 seeds, learning
+rate 0.02). How it is built may matter more: pooled by the maximum and added before the ReLU it gave
+-1.0 [-1.8, -0.3] (5 seeds, learning rate 0.04; results/EXPERIMENTS.md)."""
     written = f"""## The best of each{", and what the skip does" if skips else ""}
 
 {paragraph(compare_networks(summary), at_equal_settings(summary, runs))}
@@ -514,19 +539,27 @@ before the ReLU it gave -1.0 [-1.8, -0.3] (results/EXPERIMENTS.md)."""
 {what_the_gap_is(plain, runs)}"""
     if not with_dropout:
         return written
-    ends, acts = [], ""
+    ends, acts, needless = [], "", True
     for row in plain:
-        last = runs[row["runs"][0]]["history"][-1]
+        run = runs[row["runs"][0]]
+        last, (_, overfits) = run["history"][-1], overfitting(run)
         ends.append(
             f"{last['train_accuracy']:.1%} where validation accuracy is "
             f"{last['validation_accuracy']:.1%} ({row['label']}, seed {row['seeds'][0]})"
         )
+        if overfits or last["train_accuracy"] > last["validation_accuracy"]:
+            needless = False
     if {"plain", "residual"} >= set(summary["choices"]):
         acts = """Dropout acts on the input of both fully connected layers, where every unit sees
 the whole photo and units can come to rely on each other. The convolutions have none: batch
 normalisation and the distorted photos regularise them already."""
+    little = ""
+    if needless:
+        little = """So the training photos, as they are shown, are not known by heart, and
+validation loss does not rise: there may be little for dropout to prevent."""
     why = f"""{acts} Dropout can help a network that knows its training photos much better than
-others. Without it training accuracy, on distorted photos, is at the end {listing(ends)}."""
+others. Without it training accuracy, on distorted photos, is at the end {listing(ends)}. {little}
+Learning rate and batch size are those chosen without dropout."""
     return f"""{written}
 
 ## Dropout
@@ -568,36 +601,47 @@ def errors(row, other, runs, output, title):
             for line, (_, i, j) in zip(lines, worst, strict=True):
                 line.append(f"{(counts[i, j] + counts[j, i]) * seeds / len(theirs):.0f}")
         pairs = table(head, lines, caption)
-    recalls = matrix.diagonal() / matrix.sum(1)
-    low, high = recalls.argmin(), recalls.argmax()
+    looks = "Where the first seed looks: bright speaks for the predicted class (Grad-CAM)."
+    f1 = 2 * matrix.diagonal() / (matrix.sum(0) + matrix.sum(1))
+    low, high = f1.argmin(), f1.argmax()
     extremes = ""
-    if recalls[low] < recalls[high]:
-        extremes = f"""The best recognised class is {classes[high]} ({recalls[high]:.0%}), the worst
-{classes[low]} ({recalls[low]:.0%})."""
+    if f1[low] < f1[high]:
+        extremes = f"""By F1 {classes[high]} is recognised best ({f1[high]:.0%}), {classes[low]}
+worst ({f1[low]:.0%})."""
     return f"""## {title}
 
 {paragraph(finding, extremes)}
-{towards_frequent(matrix, runs[name]["data"], f"{label}{together(seeds)}")}
+{towards_frequent(matrix, seeds, runs[name], label)}
 
 {pairs}
 
 ![Confusion matrix, {label}.](<figures/confusion_{name}_{split}.png>)
-![Photos of what it mixes up.](<figures/pairs_{name}.png>)
+![The pairs mixed up most, the first seed's mistakes.](<figures/pairs_{name}.png>)
 
-![Where it looks: class-activation maps.](<figures/attention_{name}.png>)"""
+![{looks}](<figures/attention_{name}.png>)"""
 
 
-def towards_frequent(matrix, data, whose):
-    """How many mistakes take a class with fewer training photos for one with more; "" if none."""
+def towards_frequent(matrix, seeds, run, label):
+    """How many mistakes take a class with fewer training photos for one with more; "" if none.
+
+    matrix: confusion matrices of that many seeds together; run: one of them.
+    """
+    data = run["data"]
     photos = np.array([data["counts"]["train"][name] for name in data["classes"]])
     rarer = photos[:, None] < photos  # [true, predicted]
     gained, lost = matrix[rarer].sum(), matrix[rarer.T].sum()
     measured_alike = len(set(matrix.sum(1))) == 1  # or else the frequent classes err more often
     if gained + lost == 0 or not measured_alike:
         return ""
-    return f"""Of {gained + lost} mistakes ({whose}) between classes with unequal numbers of
-photos to train {gained} take the rarer class for the more frequent one; without a bias it would be
-about half."""
+    # The seeds share their test photos, so their mistakes count as those of one.
+    if abs(gained - lost) / seeds < 1.96 * np.sqrt((gained + lost) / seeds):
+        verdict = "half would be no bias, and chance alone may be as far from it"
+    else:
+        verdict = f"a bias to the {'more frequent' if gained > lost else 'rarer'} ones"
+    corrected = "makes up" if run["config"].get("logit_adjustment") else "does not make up"
+    return f"""Of {gained + lost} mistakes ({label}{together(seeds)}) between classes with unequal
+numbers of photos to train {gained} take the rarer class for the more frequent one: {verdict}. Its
+loss {corrected} for rare classes."""
 
 
 def weights_of(run):
@@ -613,6 +657,9 @@ def transfer(summary, runs, best, backbones, cases):
     if config["weights"] != "none":
         learned = """A network that has learned over a million photos of ImageNet has filters for
 edges, textures and parts. """
+    two_layers = ""
+    if any(row["label"].startswith("mobilenet_v3") for row in rows):
+        two_layers = """MobileNetV3's classifier has two layers; the first one stays frozen."""
     matrices = "\n".join(
         f"![Confusion matrix, {row['label']}.](<figures/confusion_{row['runs'][0]}_test.png>)"
         for row in best_of_backbones(summary)[1:3]
@@ -622,9 +669,10 @@ edges, textures and parts. """
 {paragraph(backbones[0], cases[0])}
 
 {learned}Fine-tuning replaces the last layer by one for the new classes and trains that alone, or
-the last convolutions with it. The rest is frozen, batch-norm statistics too, so that it has to be
-computed only once for each view of a photo. After training all that is frozen is as loaded, bit for
-bit; if it is not, the run ends with an error. The optimizer is {config["optimizer"]}, with weight
+the last convolutions with it, each with its batch norm. The rest is frozen, batch-norm statistics
+too, so that it has to be computed only once for each view of a photo. {two_layers} After training
+all that is frozen is as loaded, bit for bit; if it is not, the run ends with an error. The
+optimizer is {config["optimizer"]}, with weight
 decay {config["weight_decay"]:g}, {config["epochs"]} epochs, dropout {config["dropout"]:g} before
 the last layer, label smoothing {config["label_smoothing"]:g}; photos are of {config["image_size"]}
 px, {min(config["views"], config["epochs"])} views of each in turns (crops of at least
@@ -677,25 +725,38 @@ def tuning(summary, runs):
     head = "learning rate, batch", *(f"{rate:g}, {batch}" for rate, batch in settings)
     caption = """Validation accuracy of the first seed; * is chosen, by the mean where several
 seeds tried all. One at an end of its row might do better beyond."""
+    if len({batch for _, batch in settings}) == 1:
+        caption += " Batch size was not tuned."
     return table(head, rows, caption)
 
 
 def why_more_layers(rows, runs):
     """What the courses of training more convolutions say, for each backbone."""
-    sentences = []
+    sentences, of_convolutions, of_last_layer = [], [], []
     for row in rows:
-        run = runs[row["runs"][0]]
-        if run["config"]["unfreeze_convolutions"]:
-            last, (loss, _) = run["history"][-1], overfitting(run)
-            sentences.append(
-                f"{row['label']}, seed {row['seeds'][0]}, is right on {last['train_accuracy']:.1%} "
-                f"of the training photos in the last epoch; validation loss {loss}; "
-                f"kept is epoch {run['best']['epoch']}"
-            )
+        own = [runs[name] for name in row["runs"]]
+        known = np.mean([run["history"][-1]["train_accuracy"] for run in own])
+        if not own[0]["config"]["unfreeze_convolutions"]:
+            of_last_layer.append(known)
+            continue
+        of_convolutions.append(known)
+        right = np.mean([run["history"][-1]["validation_accuracy"] for run in own])
+        losses = [[epoch["validation_loss"] for epoch in run["history"]] for run in own]
+        rise = np.mean([loss[-1] / min(loss) - 1 for loss in losses])
+        epochs = listing([str(run["best"]["epoch"]) for run in own])
+        sentences.append(
+            f"At the end {row['label']} is right on {known:.1%} of the training photos and on "
+            f"{right:.1%} of the validation photos{mean_of(len(own))}, its validation loss "
+            f"{rise:.0%} above its lowest; kept is epoch {epochs}"
+        )
     if not sentences:
         return ""
-    return f"""{". ".join(sentences)}. Where the validation loss rises (here: more than 5% above
-its lowest) while nearly all training photos are known, the network overfits."""
+    why = ""
+    if of_last_layer and min(of_convolutions) > max(0.98, *of_last_layer):
+        alone = listing([f"{known:.0%}" for known in of_last_layer])
+        why = f"""With the last layer alone it is {alone} of the training photos: what the
+convolutions add may go into knowing these by heart."""
+    return f"{'. '.join(sentences)}. {why}"
 
 
 def sizes_of(summary, label):
@@ -804,7 +865,13 @@ def by_class(best, runs, output):
     ]
     caption = f"Each class, {split} photos{', mean over seeds' if seeds > 1 else ''}: "
     caption += f"{', then '.join(names)}.{which}"
-    return table(head, rows, caption)
+    gains = ""
+    if len(names) == 2:
+        recall = 100 * (columns[3] - columns[0])
+        most, least = recall.argmax(), recall.argmin()
+        gains = f"""From {names[0]} to {names[1]} recall gains most in {classes[most]}
+({recall[most]:+.0f} points) and least in {classes[least]} ({recall[least]:+.0f}).\n\n"""
+    return gains + table(head, rows, caption)
 
 
 def conclusion(summary, runs, best, output):
@@ -816,9 +883,9 @@ def conclusion(summary, runs, best, output):
         costs = f"""{one["label"]} starts from {weights_of(one_run)} and trains
 {one["trainable_parameters"]:,} of its {one["parameters"]:,} parameters on photos of
 {one_run["config"]["image_size"]} px, {other["label"]} all of its {other["parameters"]:,} on photos
-of {other_run["config"]["image_size"]} px: they differ in more than in where they start."""
+of {other_run["config"]["image_size"]} px: the difference is that of weights, network and size of
+the photos together."""
         duel = paragraph(describe_pair(summary, one["label"], other["label"]), costs)
-    rows = sorted(summary["models"], key=lambda row: -row["validation_accuracy"])
     minutes = sum(run["seconds"] for run in runs.values()) / 60
     seeds = listing([str(n) for n in sorted({run["config"]["seed"] for run in runs.values()})])
     shared = ", shared features counted in each," if "finetune" in best else ""
@@ -830,18 +897,16 @@ of {other_run["config"]["image_size"]} px: they differ in more than in where the
 
 {duel}
 
-{results_table(rows, "All chosen models.")}
+![All chosen models, with 95% intervals.](<figures/overview.png>)
 
 {cost}
-
-![All chosen models, with 95% intervals.](<figures/overview.png>)
 
 {by_class(best, runs, output)}"""
 
 
 SOURCES = """*Sources: He et al., CVPR 2016 (skips); Yun et al., ICCV 2019 (CutMix); Jordan et al.,
 2024 (Muon); Sandler et al., CVPR 2018, Howard et al., ICCV 2019, Ma et al., ECCV 2018 (backbones);
-Wilson, 1927; McNemar, 1947.*"""
+Selvaraju et al., ICCV 2017 (Grad-CAM); Wilson, 1927; McNemar, 1947; Satterthwaite, 1946.*"""
 
 WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 FIGURE = re.compile(r"!\[(.*)\]\(<(.*)>\)")
@@ -896,15 +961,15 @@ def write_report(output):
 # ---------------------------------------------------------------------------------------------
 # The page setter: title, headings, text, tables, pictures and code on A4
 
-PAGE, MARGIN, GAP = (8.27, 11.69), 0.75, 0.15  # inches
+PAGE, MARGIN, GAP = (8.27, 11.69), 0.6, 0.15  # inches
 WIDTH = PAGE[0] - 2 * MARGIN
-FIGURE_HEIGHT = 2.9  # inches, at most
+FIGURE_HEIGHT = 3.2  # inches, at most
 # How a block begins: the inches that must be left for it on a page, its look (size in points).
 LOOKS = {
     "# ": (0.0, {"size": 18, "weight": "bold"}),
     "## ": (2.0, {"size": 13, "weight": "bold"}),
     "![": (0.0, {}),
-    "| ": (1.2, {"size": 7, "family": "DejaVu Sans Mono"}),
+    "| ": (0.0, {"size": 7, "family": "DejaVu Sans Mono"}),
     "```": (0.6, {"size": 7, "family": "DejaVu Sans Mono"}),
     "*": (0.0, {"size": 8, "style": "italic"}),
     "": (1.2, {"size": 9}),
@@ -931,6 +996,7 @@ def set_pages(blocks, folder, file):
         elif start == "| ":  # as large as fits; a letter of this font is 0.602 of its size wide
             lines = [line[2:-2].replace(" | ", "   ") for line in block.split("\n")]
             look = {**look, "size": min(7, 72 * WIDTH / 0.602 / len(lines[0]))}
+            room = min(9, 1.4 * look["size"] / 72 * len(lines) + 0.5)  # with its caption
         elif start == "```":
             lines = block.split("\n")[1:-1]
         else:  # how wide a letter is on average; a line of wide ones goes into the margin
@@ -941,6 +1007,8 @@ def set_pages(blocks, folder, file):
             lines = [line for part in parts for line in textwrap.wrap(part, letters, **WHOLE_WORDS)]
         if start != "![":
             height = 1.4 * look["size"] / 72
+        if start == "*":
+            room = height * len(lines)
         for line in lines:
             if y - max(room, height) < MARGIN:
                 pages.append(Figure(figsize=PAGE, layout="none"))

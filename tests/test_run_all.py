@@ -117,7 +117,7 @@ def test_bad_input_is_said_before_any_work(clone, arguments, settings, message):
 
 
 def test_another_study_in_the_folder_of_results_is_said_before_any_work(clone):
-    runs = ROOT / "results" / "reference" / "runs"  # 50 epochs, 14 runs of each network
+    runs = ROOT / "results" / "reference" / "runs"  # 50 epochs, 17 runs of each network at least
     shutil.copytree(runs, clone / "out/runs")
     result = run_all(clone, **SMALL)
     assert result.returncode != 0 and not (clone / "out/photos.txt").exists()

@@ -2,8 +2,8 @@
 
     python tools/report.py --output results
 
-Every number and every judgement is computed from the results, but for those of one larger trial,
-which are quoted with their source; the code is taken from the source. Two models are called
+Every number and every judgement is computed from the results, but for those of larger trials of the
+skip, which are quoted with their source; the code is taken from the source. Two models are called
 different only where a paired test on the same photos says so.
 """
 
@@ -132,7 +132,7 @@ def compare_pairs(summary, pairs, question):
     caption = "Differences in test accuracy on the same photos. A pair counts as decided if "
     caption += f"p < {level:.3g}"
     caption += ": 0.05 divided by the number of pairs" if len(rows) > 1 else ""
-    caption += "; its interval may exclude 0 before that." if len(rows) > 1 else "."
+    caption += ", so that more than an interval without 0 is asked for." if len(rows) > 1 else "."
     return sentence, table(head, rows, caption)
 
 
@@ -214,7 +214,7 @@ too high. Gap is validation minus test accuracy, in points."""
     if counts[0] == 1 and summary["comparisons"]:
         text += """ A paired test of two models with one seed compares two runs: what it decides
 holds for other test photos, not for other seeds."""
-    elif summary["comparisons"]:
+    if counts[-1] > 1 and summary["comparisons"]:
         text += """ A paired test of models with several seeds takes photos and seeds as samples
 (crossed random effects, Student's t, Satterthwaite's degrees of freedom)."""
     if any(row["fresh_seeds"] for row in rows):
@@ -224,7 +224,7 @@ mean owes nothing to that choice."""
     if any(row["kind"] == "finetune" for row in rows):
         seconds += ", features of frozen layers included"
     return f"""{text} Trained: number of parameters trained. Seconds: {seconds}; other runs may have
-shared the machine, so they are no measure of a network's speed."""
+shared the machine, so the seconds are no measure of a network's speed."""
 
 
 def results_table(rows, caption):
@@ -312,8 +312,8 @@ def architectures(run, trained):
         text = table(head, [[layer[key] for key in head] for layer in layers], caption)
         names.setdefault(text, []).append(name)
     layers = "\n\n".join(f"The {listing(own)} network:\n\n{text}" for text, own in names.items())
-    counts = [list(run["data"]["counts"][split].values()) for split in ("train", "validation")]
-    shares, expected = (np.array(numbers) / sum(numbers) for numbers in counts)
+    counts = np.array(list(run["data"]["counts"]["train"].values()))
+    shares = counts / counts.sum()
     # Half of the mixed photos show more of the other one, which may be of the same class.
     by_heart = 1 - config["cutmix"] / 2 * (1 - (shares**2).sum())
     optimizer, end = config["optimizer"], "falls linearly to zero"
@@ -338,8 +338,8 @@ so that in training even a network that knows all photos by heart would hardly g
 where the loss is highest within a radius of {config["sam_radius"]:g} (SAM: Foret et al., ICLR 2021;
 late in training: Zhou et al., ICLR 2025). So it prefers minima that are flat, in which other photos
 find a low loss too, and costs a second pass."""
-    strength = config.get("logit_adjustment", 0)  # none in runs of earlier versions
-    if strength and not np.allclose(shares, expected):
+    if makes_up_for_rare_classes(run):
+        strength = config["logit_adjustment"]
         times = "" if strength == 1 else f"{strength:g} times "
         rare = f"""The loss expects each class as often as it is in validation, not as in training:
 {times}the logarithm of the ratio of its shares is added to its logit there (Menon et al., ICLR
@@ -386,7 +386,7 @@ Accuracy and confusion matrix are computed by hand; recall, precision and F1 fol
 def grid_of(model, chosen, summary, runs):
     """What the grid of one network shows, and the course of its chosen run, the first seed."""
     lines = [line for line in summary["grid"] if line["model"] == model]
-    rates = {line["learning_rate"] for line in lines}
+    rates, run = {line["learning_rate"] for line in lines}, runs[chosen["run"]]
     finished = [line for line in lines if line["validation_accuracy"] is not None]
     if not finished:
         return f"No run of the grid of the {model} network has come to its end."
@@ -407,19 +407,24 @@ def grid_of(model, chosen, summary, runs):
     if row["validation_spread"] is not None:
         chance = f"""By chance alone, from seed to seed, the chosen setting varies by
 {100 * row["validation_spread"]:.1f} points (standard deviation over {len(row["seeds"])} seeds)."""
-    count = sum(runs[chosen["run"]]["data"]["counts"]["validation"].values())
-    chance += f""" Each of these accuracies has an interval of
-±{half_width(count, np.mean(accuracies)):.1f} points over other validation photos."""
-    settings = plot.group(finished, *plot.SETTING).values()
-    best = max(plot.mean_accuracy(own) for own in settings)
-    ties = [own[0] for own in settings if plot.mean_accuracy(own) == best and not own[0]["chosen"]]
+    count = sum(run["data"]["counts"]["validation"].values())
+    middle = np.mean(accuracies)
+    chance += f""" An accuracy near {middle:.0%} on {count:,} photos has a 95% interval of
+±{half_width(count, middle):.1f} points, even if these have chosen nothing."""
+    settings = plot.group(lines, *plot.SETTING)
+    best = settings.pop((chosen["learning_rate"], chosen["batch_size"]), [])
+    ties = [
+        own[0]
+        for own in settings.values()
+        if best and plot.mean_accuracy(own) == plot.mean_accuracy(best)
+    ]
     tie, at_edge = "", edge(rates, chosen["learning_rate"])
     if ties:
         names = listing([plot.setting_name(line) for line in ties])
         tie = f"As accurate: {names}; the lower validation loss decided."
     if not all(edge(rates, line["learning_rate"]) for line in ties):
         at_edge = ""
-    loss, overfits = overfitting(runs[chosen["run"]])
+    loss, overfits = overfitting(run)
     judgement = "no sign of overfitting (which would be a rise by more than 5%)"
     if overfits:
         judgement = "it overfits (a rise by more than 5%)"
@@ -428,8 +433,8 @@ def grid_of(model, chosen, summary, runs):
 {compared_means}.""",
         chance,
         f"Chosen: learning rate {chosen['learning_rate']:g}, batch {chosen['batch_size']}.",
-        tie,
         at_edge,
+        tie,
         f"Its validation loss (seed {chosen['seed']}) {loss}: {judgement}.",
     )
 
@@ -555,8 +560,8 @@ the whole photo and units can come to rely on each other. The convolutions have 
 normalisation and the distorted photos regularise them already."""
     little = ""
     if needless:
-        little = """So the training photos, as they are shown, are not known by heart, and
-validation loss does not rise: there may be little for dropout to prevent."""
+        little = """Training accuracy is not above validation accuracy, and validation loss ends
+within 5% of its lowest: no sign of what dropout prevents."""
     why = f"""{acts} Dropout can help a network that knows its training photos much better than
 others. Without it training accuracy, on distorted photos, is at the end {listing(ends)}. {little}
 Learning rate and batch size are those chosen without dropout."""
@@ -602,7 +607,8 @@ def errors(row, other, runs, output, title):
                 line.append(f"{(counts[i, j] + counts[j, i]) * seeds / len(theirs):.0f}")
         pairs = table(head, lines, caption)
     looks = "Where the first seed looks: bright speaks for the predicted class (Grad-CAM)."
-    f1 = 2 * matrix.diagonal() / (matrix.sum(0) + matrix.sum(1))
+    per_class = [evaluation["per_class"] for evaluation in evaluations]
+    f1 = np.mean([[of_seed[name]["f1"] for name in classes] for of_seed in per_class], 0)
     low, high = f1.argmin(), f1.argmax()
     extremes = ""
     if f1[low] < f1[high]:
@@ -638,10 +644,18 @@ def towards_frequent(matrix, seeds, run, label):
         verdict = "half would be no bias, and chance alone may be as far from it"
     else:
         verdict = f"a bias to the {'more frequent' if gained > lost else 'rarer'} ones"
-    corrected = "makes up" if run["config"].get("logit_adjustment") else "does not make up"
+    corrected = "makes up" if makes_up_for_rare_classes(run) else "does not make up"
     return f"""Of {gained + lost} mistakes ({label}{together(seeds)}) between classes with unequal
 numbers of photos to train {gained} take the rarer class for the more frequent one: {verdict}. Its
 loss {corrected} for rare classes."""
+
+
+def makes_up_for_rare_classes(run):
+    """Whether the loss of a run was shifted, see engine.logit_shift()."""
+    counts = [list(run["data"]["counts"][split].values()) for split in ("train", "validation")]
+    shares = [np.array(numbers) / sum(numbers) for numbers in counts]
+    strength = run["config"].get("logit_adjustment")  # none in fine-tuning and earlier versions
+    return bool(strength) and not np.allclose(*shares)
 
 
 def weights_of(run):
@@ -686,7 +700,7 @@ px, {min(config["views"], config["epochs"])} views of each in turns (crops of at
 
 {cases[1]}
 
-{why_more_layers(rows, runs)}
+{why_more_layers(summary, rows, runs)}
 
 ![Fine-tuning, learning curves.](<figures/curves_transfer.png>)
 
@@ -730,19 +744,24 @@ seeds tried all. One at an end of its row might do better beyond."""
     return table(head, rows, caption)
 
 
-def why_more_layers(rows, runs):
+def why_more_layers(summary, rows, runs):
     """What the courses of training more convolutions say, for each backbone."""
-    sentences, of_convolutions, of_last_layer = [], [], []
+    sentences, of_convolutions, of_last_layer, helps = [], [], {}, False
     for row in rows:
         own = [runs[name] for name in row["runs"]]
         known = np.mean([run["history"][-1]["train_accuracy"] for run in own])
         if not own[0]["config"]["unfreeze_convolutions"]:
-            of_last_layer.append(known)
+            of_last_layer[row["label"]] = known
             continue
         of_convolutions.append(known)
+        found = compared(summary, row["label"], f"{network_of(row['label'])} (FC only)")
+        helps = helps or (found is not None and found[0]["different"] and found[1] > 0)
         right = np.mean([run["history"][-1]["validation_accuracy"] for run in own])
-        losses = [[epoch["validation_loss"] for epoch in run["history"]] for run in own]
-        rise = np.mean([loss[-1] / min(loss) - 1 for loss in losses])
+        losses = [
+            np.array([epoch["validation_loss"] for epoch in run["history"]], dtype=float)
+            for run in own
+        ]
+        rise = np.mean([loss[-1] / np.nanmin(loss) - 1 for loss in losses])
         epochs = listing([str(run["best"]["epoch"]) for run in own])
         sentences.append(
             f"At the end {row['label']} is right on {known:.1%} of the training photos and on "
@@ -752,10 +771,10 @@ def why_more_layers(rows, runs):
     if not sentences:
         return ""
     why = ""
-    if of_last_layer and min(of_convolutions) > max(0.98, *of_last_layer):
-        alone = listing([f"{known:.0%}" for known in of_last_layer])
-        why = f"""With the last layer alone it is {alone} of the training photos: what the
-convolutions add may go into knowing these by heart."""
+    if not helps and of_last_layer and min(of_convolutions) > max(0.98, *of_last_layer.values()):
+        alone = [f"{known:.0%} ({network_of(label)})" for label, known in of_last_layer.items()]
+        why = f"""The last layer alone gets {listing(alone)} of the training photos right: what
+the convolutions add may go into knowing the others by heart."""
     return f"{'. '.join(sentences)}. {why}"
 
 
@@ -838,7 +857,7 @@ def catch_up(summary, best):
 
 def by_class(best, runs, output):
     """Recall, precision and F1 of each class of the best models, mean over seeds."""
-    head, columns, names, seeds, split = ["class", "to train"], [], [], 1, None
+    head, columns, recalls, names, seeds, split = ["class", "to train"], [], [], [], 1, None
     for row in best.values():
         evaluations = plot.read_evaluations(output, row)
         if not evaluations or split not in (None, evaluations[0]["split"]):
@@ -854,6 +873,8 @@ def by_class(best, runs, output):
                 for evaluation in evaluations
             ]
             columns.append(np.mean(of_seeds, 0))
+            if key == "recall":
+                recalls.append(columns[-1])
     if not columns:
         return ""
     shown, which = range(len(classes)), ""
@@ -865,17 +886,17 @@ def by_class(best, runs, output):
     ]
     caption = f"Each class, {split} photos{', mean over seeds' if seeds > 1 else ''}: "
     caption += f"{', then '.join(names)}.{which}"
-    gains = ""
-    if len(names) == 2:
-        recall = 100 * (columns[3] - columns[0])
-        most, least = recall.argmax(), recall.argmin()
-        gains = f"""From {names[0]} to {names[1]} recall gains most in {classes[most]}
-({recall[most]:+.0f} points) and least in {classes[least]} ({recall[least]:+.0f}).\n\n"""
-    return gains + table(head, rows, caption)
+    finding = ""
+    if len(recalls) == 2:
+        gains = 100 * (recalls[1] - recalls[0])
+        least, most = gains.argmin(), gains.argmax()
+        finding = f"""The recall of {names[1]} minus that of {names[0]} is {gains[least]:+.0f}
+points in {classes[least]}, {gains[most]:+.0f} in {classes[most]}, in other classes between.\n\n"""
+    return finding + table(head, rows, caption)
 
 
 def conclusion(summary, runs, best, output):
-    """All chosen models, and what the runs of the study have cost."""
+    """The best from scratch against the best fine-tuned, the cost of all runs, every class."""
     title, duel = "All chosen models", ""
     if len(best) == 2:
         title, one, other = "From scratch against fine-tuned", best["finetune"], best["scratch"]
@@ -883,8 +904,7 @@ def conclusion(summary, runs, best, output):
         costs = f"""{one["label"]} starts from {weights_of(one_run)} and trains
 {one["trainable_parameters"]:,} of its {one["parameters"]:,} parameters on photos of
 {one_run["config"]["image_size"]} px, {other["label"]} all of its {other["parameters"]:,} on photos
-of {other_run["config"]["image_size"]} px: the difference is that of weights, network and size of
-the photos together."""
+of {other_run["config"]["image_size"]} px: the difference is not that of the start alone."""
         duel = paragraph(describe_pair(summary, one["label"], other["label"]), costs)
     minutes = sum(run["seconds"] for run in runs.values()) / 60
     seeds = listing([str(n) for n in sorted({run["config"]["seed"] for run in runs.values()})])
@@ -964,7 +984,9 @@ def write_report(output):
 PAGE, MARGIN, GAP = (8.27, 11.69), 0.6, 0.15  # inches
 WIDTH = PAGE[0] - 2 * MARGIN
 FIGURE_HEIGHT = 3.2  # inches, at most
-# How a block begins: the inches that must be left for it on a page, its look (size in points).
+CAPTION = 0.5  # inches, for the words below a figure or table
+# How a block begins: the inches that must be left for it on a page, if set_pages() does not compute
+# them, its look (size in points).
 LOOKS = {
     "# ": (0.0, {"size": 18, "weight": "bold"}),
     "## ": (2.0, {"size": 13, "weight": "bold"}),
@@ -989,14 +1011,14 @@ def set_pages(blocks, folder, file):
             height = min(FIGURE_HEIGHT, (WIDTH - GAP * (len(row) - 1)) / sum(shapes))
             # No larger than its letters need: a page's are smaller than a screen's.
             height = min(height, 0.7 * row[0].height / row[0].info.get("dpi", (110, 110))[0])
-            caption, left = 0.35, y - MARGIN
-            if 0.7 * height < left - caption < height:  # a little smaller, and it fits the page
-                height = left - caption
-            lines, room = [row], height + caption
+            left = y - MARGIN - CAPTION
+            if 0.7 * height < left < height:  # a little smaller, and it fits the page
+                height = left
+            lines, room = [row], height + CAPTION
         elif start == "| ":  # as large as fits; a letter of this font is 0.602 of its size wide
             lines = [line[2:-2].replace(" | ", "   ") for line in block.split("\n")]
             look = {**look, "size": min(7, 72 * WIDTH / 0.602 / len(lines[0]))}
-            room = min(9, 1.4 * look["size"] / 72 * len(lines) + 0.5)  # with its caption
+            room = min(PAGE[1] / 2, 1.4 * look["size"] / 72 * len(lines) + CAPTION)
         elif start == "```":
             lines = block.split("\n")[1:-1]
         else:  # how wide a letter is on average; a line of wide ones goes into the margin

@@ -86,6 +86,12 @@ def compared(summary, a, b):
     return None
 
 
+def is_better(summary, a, b):
+    """Whether a paired test on test photos has shown chosen model a to be better than b."""
+    found = compared(summary, a, b)
+    return found is not None and found[0]["different"] and found[1] > 0
+
+
 def describe_pair(summary, a, b):
     """A sentence on two chosen models, if they have been compared on test photos."""
     found = compared(summary, a, b)
@@ -131,8 +137,10 @@ def compare_pairs(summary, pairs, question):
     head = "a", "against b", "a - b, points", "95% interval", "p", "method"
     caption = "Differences in test accuracy on the same photos. A pair counts as decided if "
     caption += f"p < {level:.3g}"
-    caption += ": 0.05 divided by the number of pairs" if len(rows) > 1 else ""
-    caption += ", so that more than an interval without 0 is asked for." if len(rows) > 1 else "."
+    if len(rows) > 1:
+        caption += ": 0.05 divided by the number of pairs"
+        caption += ", so that more than an interval without 0 is asked for"
+    caption += "."
     return sentence, table(head, rows, caption)
 
 
@@ -260,9 +268,14 @@ def title_block(runs):
     return f"*{'; '.join(parts)}.*"
 
 
+def validation_losses(run):
+    """Of every epoch, float [epochs]; NaN for a null."""
+    return np.array([epoch["validation_loss"] for epoch in run["history"]], dtype=float)
+
+
 def overfitting(run):
     """What the validation loss says at the end of a run, in words, and whether it has risen."""
-    losses = np.array([epoch["validation_loss"] for epoch in run["history"]], dtype=float)
+    losses = validation_losses(run)
     low = int(np.nanargmin(losses))
     if losses[-1] > 1.05 * losses[low]:
         words = f"rises from {losses[low]:.2f} in epoch {low + 1} to {losses[-1]:.2f} at the end"
@@ -413,11 +426,8 @@ def grid_of(model, chosen, summary, runs):
 ±{half_width(count, middle):.1f} points, even if these have chosen nothing."""
     settings = plot.group(lines, *plot.SETTING)
     best = settings.pop((chosen["learning_rate"], chosen["batch_size"]), [])
-    ties = [
-        own[0]
-        for own in settings.values()
-        if best and plot.mean_accuracy(own) == plot.mean_accuracy(best)
-    ]
+    accuracy = plot.mean_accuracy(best) if best else None
+    ties = [own[0] for own in settings.values() if plot.mean_accuracy(own) == accuracy]
     tie, at_edge = "", edge(rates, chosen["learning_rate"])
     if ties:
         names = listing([plot.setting_name(line) for line in ties])
@@ -523,9 +533,8 @@ def scratch(summary, runs, dropout):
     plain = [row for row in rows if row["label"] in without]
     skips = ""
     if [row["label"] for row in plain] == ["plain CNN", "residual CNN"]:
-        found = compared(summary, "residual CNN", "plain CNN")
         few = "Five layers may be few enough to learn without."
-        if found and found[0]["different"] and found[1] > 0:
+        if is_better(summary, "residual CNN", "plain CNN"):
             few = ""
         skips = f"""Skips were made for networks of dozens of layers: without them a deeper one had
 a higher training error than a shallower one, in spite of batch normalisation (He et al.). {few} In
@@ -607,8 +616,7 @@ def errors(row, other, runs, output, title):
                 line.append(f"{(counts[i, j] + counts[j, i]) * seeds / len(theirs):.0f}")
         pairs = table(head, lines, caption)
     looks = "Where the first seed looks: bright speaks for the predicted class (Grad-CAM)."
-    per_class = [evaluation["per_class"] for evaluation in evaluations]
-    f1 = np.mean([[of_seed[name]["f1"] for name in classes] for of_seed in per_class], 0)
+    f1 = of_classes(evaluations, "f1")
     low, high = f1.argmin(), f1.argmax()
     extremes = ""
     if f1[low] < f1[high]:
@@ -625,6 +633,17 @@ worst ({f1[low]:.0%})."""
 ![The pairs mixed up most, the first seed's mistakes.](<figures/pairs_{name}.png>)
 
 ![{looks}](<figures/attention_{name}.png>)"""
+
+
+def of_classes(evaluations, key):
+    """Recall, precision or F1 of each class, the mean over seeds: float [classes]."""
+    return np.mean(
+        [
+            [evaluation["per_class"][name][key] for name in evaluation["classes"]]
+            for evaluation in evaluations
+        ],
+        axis=0,
+    )
 
 
 def towards_frequent(matrix, seeds, run, label):
@@ -754,13 +773,10 @@ def why_more_layers(summary, rows, runs):
             of_last_layer[row["label"]] = known
             continue
         of_convolutions.append(known)
-        found = compared(summary, row["label"], f"{network_of(row['label'])} (FC only)")
-        helps = helps or (found is not None and found[0]["different"] and found[1] > 0)
+        if is_better(summary, row["label"], f"{network_of(row['label'])} (FC only)"):
+            helps = True
         right = np.mean([run["history"][-1]["validation_accuracy"] for run in own])
-        losses = [
-            np.array([epoch["validation_loss"] for epoch in run["history"]], dtype=float)
-            for run in own
-        ]
+        losses = [validation_losses(run) for run in own]
         rise = np.mean([loss[-1] / np.nanmin(loss) - 1 for loss in losses])
         epochs = listing([str(run["best"]["epoch"]) for run in own])
         sentences.append(
@@ -867,14 +883,9 @@ def by_class(best, runs, output):
         names.append(row["label"])
         seeds = max(seeds, len(evaluations))
         head += [f"{network_of(row['label'])}: recall", "precision", "F1"]
-        for key in ("recall", "precision", "f1"):
-            of_seeds = [
-                [evaluation["per_class"][name][key] for name in classes]
-                for evaluation in evaluations
-            ]
-            columns.append(np.mean(of_seeds, 0))
-            if key == "recall":
-                recalls.append(columns[-1])
+        recall = of_classes(evaluations, "recall")
+        recalls.append(recall)
+        columns += [recall, of_classes(evaluations, "precision"), of_classes(evaluations, "f1")]
     if not columns:
         return ""
     shown, which = range(len(classes)), ""
@@ -1018,7 +1029,6 @@ def set_pages(blocks, folder, file):
         elif start == "| ":  # as large as fits; a letter of this font is 0.602 of its size wide
             lines = [line[2:-2].replace(" | ", "   ") for line in block.split("\n")]
             look = {**look, "size": min(7, 72 * WIDTH / 0.602 / len(lines[0]))}
-            room = min(PAGE[1] / 2, 1.4 * look["size"] / 72 * len(lines) + CAPTION)
         elif start == "```":
             lines = block.split("\n")[1:-1]
         else:  # how wide a letter is on average; a line of wide ones goes into the margin
@@ -1031,6 +1041,8 @@ def set_pages(blocks, folder, file):
             height = 1.4 * look["size"] / 72
         if start == "*":
             room = height * len(lines)
+        elif start == "| ":
+            room = min(PAGE[1] / 2, height * len(lines) + CAPTION)
         for line in lines:
             if y - max(room, height) < MARGIN:
                 pages.append(Figure(figsize=PAGE, layout="none"))

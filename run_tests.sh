@@ -4,14 +4,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 PYTHON=${PYTHON:-python3}
-lacks() { ! "$1" -c 'import sys; from importlib.util import find_spec as find
-names = "torch torchvision matplotlib numpy pytest hypothesis ruff nbconvert ipykernel".split()
-sys.exit(not all(map(find, names)))' 2>/dev/null; }
+lacks() { ! "$1" -c 'import torch, torchvision, matplotlib, numpy, pytest, ruff' 2> /dev/null; }
 if lacks "$PYTHON"; then
   if lacks .venv/bin/python; then
-    echo "installing requirements.txt and the tools for tests into .venv (a few minutes, only once)"
+    echo "installing requirements.txt, pytest and ruff into .venv (a few minutes, only once)"
     "$PYTHON" -m venv .venv
-    .venv/bin/python -m pip install --quiet -r requirements.txt pytest hypothesis ruff nbconvert ipykernel
+    .venv/bin/python -m pip install --quiet -r requirements.txt pytest ruff
   fi
   PYTHON=.venv/bin/python
 fi

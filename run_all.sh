@@ -10,7 +10,13 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 fail() { echo "run_all.sh: $*" >&2; exit 1; }
-[[ ${1:---list} == --list || $1 == --demo ]] || fail "unknown argument $1: there are --demo and --list"
+[[ $# == 0 || $* == --list || $* == --demo ]] || fail "arguments are --demo or --list, not $*"
+
+if [[ ${1:-} == --demo ]]; then # what is not set in the environment
+  echo "DEMO: no results, but made-up drawings, few epochs and a backbone with random weights"
+  DATA=demo OUT=${OUT:-results}/demo EPOCHS=${EPOCHS:-3} LEARNING_RATES=${LEARNING_RATES:-0.02 0.04} WEIGHTS=none
+  IMAGE_SIZE=32 FINETUNE_IMAGE_SIZE=64 BACKBONES=mobilenet_v3_small FC_LEARNING_RATES=0.004 LAST2_LEARNING_RATES=0.004
+fi
 
 # Settings, from the environment. Words are several values; an empty MODELS, DROPOUTS or BACKBONES
 # leaves that part out. DATA is the folder of photos, OUT that of results, CACHE of decoded photos.
@@ -30,11 +36,6 @@ DEVICE=${DEVICE:-auto} PYTHON=${PYTHON:-$(ls .venv/bin/python 2> /dev/null || ec
 PROCESSORS=$(getconf _NPROCESSORS_ONLN)
 # Commands at a time: on a GPU they hide each other's start, without one they fill a processor each.
 JOBS=${JOBS:-$(nvidia-smi -L > /dev/null 2>&1 && echo 3 || echo "$PROCESSORS")}
-if [[ ${1:-} == --demo ]]; then
-  echo "DEMO: no results, but made-up drawings, few epochs and a backbone with random weights"
-  DATA=demo OUT=$OUT/demo EPOCHS=3 IMAGE_SIZE=32 FINETUNE_IMAGE_SIZE=64 LEARNING_RATES="0.02 0.04"
-  BACKBONES=mobilenet_v3_small WEIGHTS=none FC_LEARNING_RATES=0.004 LAST2_LEARNING_RATES=0.004
-fi
 
 # The training commands, one a line: the grids of the first seed; then, with what they chose,
 # dropout and the other seeds.

@@ -76,7 +76,8 @@ def list_photos(directory, split):
             found = ", ".join(path.name for path in visible(folder)[:3]) or "nothing"
             raise SystemExit(f"{folder}: no photo ({SUFFIXES}) directly in it, but {found}")
         files += [f"{folder.name}/{name}" for name in photos]
-    # Some systems write an accent as a letter of its own.
+    # Some systems write an accent as a letter of its own; that must not change the order either.
+    files.sort(key=lambda file: unicodedata.normalize("NFC", file))
     names = [unicodedata.normalize("NFC", file) for file in files]
     classes, labels = np.unique([name.split("/")[0] for name in names], return_inverse=True)
     fingerprint = digest([names, [(root / file).stat().st_size for file in files]])

@@ -33,9 +33,9 @@ BARE = {"frame_on": False, "xticks": [], "yticks": []}  # axes that show nothing
 def use_fonts(texts):
     """Let matplotlib use installed fonts that have every character, or say which are missing."""
     missing, families = {ord(letter) for text in texts for letter in text}, []
-    fonts = font_manager.fontManager.ttflist
+    fonts = [font for font in font_manager.fontManager.ttflist if "Last Resort" not in font.name]
     for font in sorted(fonts, key=lambda font: font.name != "DejaVu Sans"):  # its own comes first
-        known = missing & font_manager.get_font(font.fname).get_charmap().keys() if missing else {}
+        known = missing and missing & font_manager.get_font(font.fname).get_charmap().keys()
         if known:
             families.append(font.name)
             missing -= known
@@ -178,7 +178,7 @@ def draw_photos(path, directory):
         view = data.draw_augmentation(3, generator, 0.2, 15.0, 0.3, 0.5)
         seen = data.augment(torch.from_numpy(stored), *view) * std + mean
         photos += [*stored, *seen.clamp(0, 1)]
-        titles += [name.replace("_", " "), "", "", "as a network", "may see them", ""]
+        titles += [name, "", "", "as a network", "may see them", ""]
     draw_sheet(path, photos, titles, 6)
 
 

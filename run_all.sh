@@ -14,7 +14,7 @@ fail() { echo "run_all.sh: $*" >&2; exit 1; }
 
 if [[ ${1:-} == --demo ]]; then # what is not set in the environment
   echo "DEMO: no results, but made-up drawings, few epochs and a backbone with random weights"
-  DATA=demo OUT=${OUT:-results}/demo EPOCHS=${EPOCHS:-3} LEARNING_RATES=${LEARNING_RATES:-0.02 0.04} WEIGHTS=none
+  DATA=${DATA:-demo} OUT=${OUT:-results}/demo EPOCHS=${EPOCHS:-3} LEARNING_RATES=${LEARNING_RATES:-0.02 0.04} WEIGHTS=none
   IMAGE_SIZE=32 FINETUNE_IMAGE_SIZE=64 BACKBONES=mobilenet_v3_small FC_LEARNING_RATES=0.004 LAST2_LEARNING_RATES=0.004
 fi
 
@@ -79,7 +79,7 @@ if ! "$PYTHON" -c 'import matplotlib, torch, torchvision' 2> /dev/null; then
   .venv/bin/python -m pip install -r requirements.txt
   PYTHON=.venv/bin/python exec bash run_all.sh "$@"
 fi
-GET=$([[ $DATA == demo ]] && echo --demo || [[ $DATA != food11 || -d food11 ]] || echo --download)
+GET=${1:-$([[ $DATA != food11 || -d food11 ]] || echo --download)}
 "$PYTHON" tools/prepare.py --data "$DATA" $GET | tee "$OUT/photos.txt" ||
   { [[ $GET == --download && ! -d $DATA ]] && exec bash run_all.sh --demo || exit 1; }
 "$PYTHON" models.py $MODELS $BACKBONES --weights "$WEIGHTS" --classes "$(ls "$DATA/train" | wc -l)" > "$OUT/layers.txt"

@@ -82,9 +82,3 @@ def test_weights_that_cannot_be_had_are_one_line_and_no_code_is_run(weights):
     with pytest.raises(SystemExit, match=f"^.*{weights} of .* --weights IMAGENET1K_V1.*$"):
         models.build_backbone("mobilenet_v2", 5, weights)
     assert not Path("has_run").exists()
-
-
-def test_the_layer_table_counts_layers(capsys):
-    models.main(["plain", "residual", "mobilenet_v3_small", "--weights", "none"])
-    printed = capsys.readouterr().out
-    assert printed.count("5 convolutions, 2 linear_layers") == 2 and "52 convolutions" in printed

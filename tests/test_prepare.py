@@ -41,13 +41,6 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(monkeypatch, flags):
     assert len([*Path().rglob("*")]) == 1 + 3 + 25  # pile, its folders and its photos
 
 
-def test_demo_is_always_alike_and_a_complete_one_is_left_alone(monkeypatch):
-    monkeypatch.setattr(prepare, "DEMO_COUNTS", {"train": 1, "validation": 1, "test": 10})
-    for folder in ("demo", "demo", "again"):
-        prepare.main(["--demo", "--data", folder])
-    assert len(contents("demo")) == 11 * 12 and contents("demo") == contents("again")
-
-
 def test_copies_across_splits_are_found_and_unreadable_photos_named(capsys):
     prepare.main(["--split", "pile", "--data", "mine"])
     train, test = Path("mine/train/pizza"), Path("mine/test/pizza")

@@ -218,7 +218,8 @@ class Loader:
         self.augmentation, self.seed, self.epoch = augmentation, seed, 0
         self.rank, self.count = share
         self.steps = math.ceil(len(self.labels) / batch_size)
-        self.batch_size = len(self.labels) // self.steps // self.count  # of this process
+        # Of this process; at most `batch_size`, and all alike.
+        self.batch_size = len(self.labels) // self.steps // self.count
 
     def order(self):
         """Photo indices int64 [N] of the current epoch, batch after batch, on the device."""
@@ -244,7 +245,7 @@ class Loader:
 
     def __iter__(self):
         view, size = self.draw_view(self.epoch), self.batch_size
-        # A GPU augments 64 MiB of photos at a time: else it would wait for the many launches.
+        # A GPU augments 64 MiB of float photos at a time: it would wait for the many launches.
         most = 2**24 // self.images[0].numel() if self.device.type == "cuda" else 0
         for index in self.order().split(max(1, most // size) * size):
             inputs, labels = self.inputs(index, view), self.labels[index]

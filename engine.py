@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -25,13 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import models
 
-# Flags that take several values; each combination is a run. Seeds change last: runs of one seed
-# share the features of finetune.py.
+# Flags that take several values; each combination is a run, and seeds are the outermost loop: the
+# runs of one seed share the features of finetune.py.
 PLURAL_FLAGS = ("seed", "batch_size", "dropout", "learning_rate")
 # Flags that are no part of a run's name: where it is computed, and what the name begins with.
 PLACE_FLAGS = ("data", "output", "cache", "device", "checkpoint_seconds", "feature_memory")
-NETWORK_FLAGS = ("model", "backbone", "unfreeze_convolutions")
+SILENT_FLAGS = PLURAL_FLAGS + PLACE_FLAGS + ("model", "backbone", "unfreeze_convolutions")
 EVALUATION_BATCH = 64
+warnings.filterwarnings("ignore", ".*without CUDA graph capture")  # the steps before a recorded one
 SHOWN = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
 
 
@@ -68,7 +70,9 @@ def add_training_flags(parser):
     flag("--image-size", type=number(int, 32, 4096), help="side of the photos, pixels")
     flag("--epochs", type=number(int, 1), default=50, help="times each photo is seen")
     flag("--learning-rate", type=number(float, 1e-12), nargs="+", help="its peak")
-    flag("--batch-size", type=number(int, 1), nargs="+", default=[64], help="photos a step")
+    flag(
+        "--batch-size", type=number(int, 1), nargs="+", default=[64], help="photos a step, at most"
+    )
     flag("--dropout", type=number(float, 0, 0.99), nargs="+", help="before the FC layers")
     flag("--seed", type=number(int, 0), nargs="+", default=[0], help="of all random numbers")
     flag("--weight-decay", type=number(float, 0), help="decoupled")
@@ -89,9 +93,8 @@ def run_name(parser, network, config):
     if [config["dropout"]] != parser.get_default("dropout"):
         name += f"-dropout{config['dropout']:g}"
     name += f"-seed{config['seed']}"
-    silent = PLACE_FLAGS + NETWORK_FLAGS + PLURAL_FLAGS
     for key, value in config.items():
-        if key not in silent and value != parser.get_default(key):
+        if key not in SILENT_FLAGS and value != parser.get_default(key):
             text = f"{value:g}" if isinstance(value, float) else str(value).replace("/", "_")
             name += f"-{key.replace('_', '')}{text}"
     return name
@@ -113,7 +116,7 @@ def unfinished_runs(parser, arguments, network):
         name = run_name(parser, network, config)
         path = Path(arguments.output, "runs", f"{name}.json")
         if not path.exists():
-            runs.append(argparse.Namespace(**config, name=name))
+            runs.append(argparse.Namespace(**config, name=name, photos=photos))
         elif json.loads(path.read_text())["data"]["fingerprint"] != photos:
             raise SystemExit(f"{path} is of other photos: give another --output")
         else:
@@ -159,6 +162,8 @@ def pick_device(name):
         torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise SystemExit(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if torch.device(name).index:  # CUDA graphs are recorded on the current device
+        torch.cuda.set_device(name)
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
         if dist.get_rank() > 0:  # one process speaks for all
@@ -171,16 +176,6 @@ def processes():
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
-
-def over_processes(model, device):
-    """`model` as DistributedDataParallel: gradients are averaged over the processes of torchrun.
-
-    Batch norm sees the whole batch on GPUs; for CPUs torch has no such batch norm.
-    """
-    if device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return DistributedDataParallel(model)
 
 
 def product_dtype(device, precision):
@@ -263,12 +258,11 @@ def build_optimizers(model, run, classes, device):
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     of_muon = [parameter for parameter in trained if is_for_muon(parameter)]
-    vectors = [parameter for parameter in trained if parameter.ndim == 1]
+    vectors = [parameter for parameter in trained if parameter.ndim < 2]
     others = [p for p in trained if p.ndim > 1 and not is_for_muon(p)]
     peak, decay, optimizers = run.learning_rate, run.weight_decay, []
     if of_muon:
-        dtype = product_dtype(device, run.precision)
-        optimizers.append(Muon([group(of_muon, peak, decay)], dtype))
+        optimizers.append(Muon([group(of_muon, peak, decay)], product_dtype(device, run.precision)))
         peak, decay = peak / 10, 0.01
     groups = [group(others, peak, decay), group(vectors, peak, 0.0)]
     return [*optimizers, torch.optim.AdamW(groups, fused=True, capturable=device.type == "cuda")]
@@ -326,7 +320,7 @@ def climb(parameters, radius):
     return moves
 
 
-def make_step(network, optimizers, run, radius, sums, classes):
+def make_step(network, optimizers, run, sums, classes, radius):
     """The training step: a function of tensors that never change their shape, and adds to `sums`.
 
     It takes inputs float [B, ...], labels int64 [B], a square of draw_squares() and the factor of
@@ -397,25 +391,24 @@ class Graphed:
 
 
 def train_one_epoch(network, loader, step, sums, epoch, run):
-    """Train on every photo once; return mean loss and accuracy as the network saw them.
+    """Train on each photo once, but for the few left over; return mean loss and accuracy.
 
-    Both are of distorted photos. The loss has label smoothing and CutMix in it, unlike that of
-    validate(); the accuracy counts the label of the photo that another was pasted into. Sums stay
-    on the device and are read once, at the end.
+    Both are of distorted photos, as the network saw them. The loss has label smoothing and CutMix
+    in it, unlike that of validate(); the accuracy counts the label of the photo that another was
+    pasted into. Sums stay on the device and are read once, at the end.
     """
     rank, count = processes()
-    seed = run.seed * 1_000_003 + epoch  # large and odd: seeds and epochs give numbers of their own
+    seed = run.seed * 1_000_003 + epoch  # large and odd: no two of seed and epoch share numbers
     torch.manual_seed(seed + 7_368_787 * rank)  # of dropout
     generator = torch.Generator().manual_seed(seed + 1)
     squares = draw_squares(loader.steps, run.cutmix, run.image_size, generator).to(loader.device)
     # At points within the epoch: no step has rate zero.
     moments = torch.linspace(epoch, epoch + 1, loader.steps + 2)[1:-1].tolist()
-    factors = torch.tensor([learning_rate_factor(moment, run) for moment in moments])
+    factors = torch.tensor([learning_rate_factor(m, run) for m in moments], device=loader.device)
     loader.epoch = epoch
     network.train()
     sums.zero_()
-    steps = zip(loader, squares, factors.to(loader.device), strict=True)
-    for (inputs, labels), square, factor in steps:
+    for (inputs, labels), square, factor in zip(loader, squares, factors, strict=True):
         step(inputs, labels, square, factor)
     if count > 1:
         dist.all_reduce(sums)
@@ -443,12 +436,13 @@ def fit(model, train_loader, validation_loader, run, classes):
 
     The loaders yield inputs that `model` takes: photos, or features of its frozen part. Returns
     (history, a dict for each epoch; why it failed, or None) and leaves the weights of the best
-    epoch in `model`.
+    epoch in `model` unless it failed.
     """
     device, (rank, count) = train_loader.device, processes()
-    network = over_processes(model, device) if count > 1 else model
+    # Over the processes of torchrun gradients are averaged; each norms its own share of a batch.
+    network = DistributedDataParallel(model) if count > 1 else model
     optimizers = build_optimizers(model, run, classes, device)
-    file = checkpoint_file(run.output, run.name).with_suffix(".unfinished")
+    file = checkpoint_file(run.output, run.name).with_suffix(f".{run.photos}")  # of these photos
     history, best_state = [], None
     print(f"{run.name}\nepoch  train: loss, accuracy; validation: loss, accuracy")
     if file.exists():
@@ -459,10 +453,12 @@ def fit(model, train_loader, validation_loader, run, classes):
             optimizer.load_state_dict(state)
         print(f"goes on after epoch {len(history)}")
     sums, written = torch.zeros(2, device=device), time.perf_counter()
-    steps = [make_step(network, optimizers, run, r, sums, classes) for r in (0, run.sam_radius)]
+    make = partial(make_step, network, optimizers, run, sums, classes)
+    plain_step, sam_step = make(0), make(run.sam_radius)
     for epoch in range(len(history), run.epochs):
         begin = time.perf_counter()
-        step = steps[epoch >= run.epochs - round(run.epochs * run.sam_share)]
+        last = epoch >= run.epochs - round(run.epochs * run.sam_share)
+        step = sam_step if last else plain_step
         row = {"epoch": epoch + 1}
         row |= train_one_epoch(network, train_loader, step, sums, epoch, run)
         row |= validate(model, validation_loader, run)
@@ -545,7 +541,7 @@ def save_run(kind, run, splits, model, history, failed, seconds=0.0, **more):
         "kind": kind,
         "config": config,
         "data": {
-            "fingerprint": "-".join(split.fingerprint for split in splits),
+            "fingerprint": run.photos,
             "classes": classes,
             "counts": dict(zip(("train", "validation"), counts, strict=True)),
         },
@@ -564,4 +560,4 @@ def save_run(kind, run, splits, model, history, failed, seconds=0.0, **more):
         **more,
     }
     write_json(Path(run.output, "runs", f"{run.name}.json"), content)
-    file.with_suffix(".unfinished").unlink(missing_ok=True)
+    file.with_suffix(f".{run.photos}").unlink(missing_ok=True)

@@ -143,6 +143,7 @@ def classify(name, places, output, device):
     model, run = load_model(output, name, device)
     files = [file for place in places for file in find_files(Path(place))]
     size, classes = run["config"]["image_size"], run["data"]["classes"]
+    # strict asks decode_all() for one more, which is when it names what is no photo.
     for file, pixels in zip(files, data.decode_all(files, size), strict=True):
         if pixels is not None:
             image = data.normalise(torch.tensor(pixels)[None].to(device))

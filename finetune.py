@@ -51,7 +51,7 @@ class FeatureLoader(data.Loader):
         self.views = views if self.augmentation else 1
 
     def draw_view(self, number):
-        """(number of the view, its parameters)."""
+        """(number of the view, its parameters as in data.Loader)."""
         return number % self.views, super().draw_view(number % self.views)
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ def main(argv=None):
         if needed > run.feature_memory:
             print(f"features need {needed:.1f} GiB (--feature-memory): computed in every step")
         elif run.seed not in kept:
-            kept, begin = {}, time.perf_counter()
+            kept, begin = {}, time.perf_counter()  # frees those of the last seed
             kept[run.seed] = [loader.compute_all() for loader in loaders]
             feature_seconds = time.perf_counter() - begin
         for loader, features in zip(loaders, kept.get(run.seed, [None, None]), strict=True):

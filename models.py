@@ -85,8 +85,7 @@ class Backbone(nn.Sequential):
         """Like nn.Module.train, but frozen batch norm stays in eval mode: its statistics stay."""
         super().train(mode)
         for module in self.modules():
-            norm = isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
-            if norm and not module.weight.requires_grad:
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
                 module.eval()
         return self
 
@@ -194,7 +193,8 @@ def frozen_state(model):
 
 def is_unchanged(model, frozen):
     """True if every tensor of `frozen` (see frozen_state) is still the same, bit for bit."""
-    return all(torch.equal(model.state_dict()[name], frozen[name]) for name in frozen)
+    state = model.state_dict()
+    return all(torch.equal(state[name], frozen[name]) for name in frozen)
 
 
 def counts(model):

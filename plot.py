@@ -163,7 +163,7 @@ def draw_mistakes(path, evaluation, directory):
     folder, titles = data.split_folder(directory, evaluation["split"]), []
     for guess in wrong:
         true, other = (evaluation["classes"][guess[key]] for key in ("label", "predicted"))
-        titles.append(f"{true}, taken for\n{other} ({guess['probability']:.0%})".replace("_", " "))
+        titles.append(f"{true}, taken for\n{other} ({guess['probability']:.0%})")
     draw_sheet(path, [data.decode(folder / guess["file"], 224) for guess in wrong], titles, 4)
 
 
@@ -175,7 +175,7 @@ def draw_photos(path, directory):
     for name in split.classes[:12]:
         own = (split.labels == split.classes.index(name)).nonzero().flatten().tolist() * 3
         stored = np.stack([data.decode(folder / split.files[i], 128) for i in own[:3]])
-        view = data.draw_augmentation(3, generator, 0.2, 15.0, 0.3, 0.5)
+        view = data.draw_augmentation(3, generator, *data.Augmentation(0.2, 15.0, 0.3, 0.5))
         seen = data.augment(torch.from_numpy(stored), *view) * std + mean
         photos += [*stored, *seen.clamp(0, 1)]
         titles += [name, "", "", "as a network", "may see them", ""]

@@ -14,8 +14,8 @@ fail() { echo "run_all.sh: $*" >&2; exit 1; }
 
 if [[ ${1:-} == --demo ]]; then # what is not set in the environment
   echo "DEMO: no results, but made-up drawings, few epochs and a backbone with random weights"
-  DATA=${DATA:-demo} OUT=${OUT:-results}/demo EPOCHS=${EPOCHS:-3} LEARNING_RATES=${LEARNING_RATES:-0.02 0.04} WEIGHTS=none
-  IMAGE_SIZE=32 FINETUNE_IMAGE_SIZE=64 BACKBONES=mobilenet_v3_small FC_LEARNING_RATES=0.004 LAST2_LEARNING_RATES=0.004
+  OUT=${OUT:-results}/demo DATA=$OUT/photos EPOCHS=${EPOCHS:-3} LEARNING_RATES=${LEARNING_RATES:-0.02 0.04} WEIGHTS=none
+  IMAGE_SIZE=32 FINETUNE_IMAGE_SIZE=64 BATCH_SIZES=${BATCH_SIZES:-64 128} BACKBONES=mobilenet_v3_small FC_LEARNING_RATES=0.004 LAST2_LEARNING_RATES=0.004
 fi
 
 # Settings, from the environment. Words are several values; an empty MODELS, DROPOUTS or BACKBONES
@@ -43,7 +43,7 @@ AT="--output $(printf %q "$OUT")"
 ALL="--data $(printf %q "$DATA") $AT --cache $(printf %q "$CACHE") --epochs $EPOCHS --device $DEVICE"
 SCRATCH="$PYTHON train_scratch.py $ALL --image-size $IMAGE_SIZE --model"
 TRANSFER="$PYTHON finetune.py $ALL --image-size $FINETUNE_IMAGE_SIZE --weights $WEIGHTS --backbone"
-chosen() { echo "\$($PYTHON evaluate.py $AT --settings $1) --seed $SEEDS"; }
+chosen() { echo "chosen=\$($PYTHON evaluate.py $AT --settings $1) &&"; }
 grids() {
   for model in $MODELS; do for batch in $BATCH_SIZES; do
     echo "$SCRATCH $model --batch-size $batch --learning-rate $LEARNING_RATES --seed ${SEEDS%% *}"
@@ -54,11 +54,11 @@ grids() {
   done
 }
 repeats() {
-  for model in $MODELS; do echo "$SCRATCH $model --dropout 0 $DROPOUTS $(chosen "$model")"; done
+  for model in $MODELS; do echo "$(chosen "$model") $SCRATCH $model \$chosen --dropout 0 $DROPOUTS --seed $SEEDS"; done
   [[ $SEEDS == *" "* ]] || return 0
   for backbone in $BACKBONES; do
-    echo "$TRANSFER $backbone --unfreeze-convolutions 2 $(chosen "$backbone-last2")"
-    echo "$TRANSFER $backbone --unfreeze-convolutions 0 $(chosen "$backbone-fc")"
+    echo "$(chosen "$backbone-last2") $TRANSFER $backbone --unfreeze-convolutions 2 \$chosen --seed $SEEDS"
+    echo "$(chosen "$backbone-fc") $TRANSFER $backbone --unfreeze-convolutions 0 \$chosen --seed $SEEDS"
   done
 }
 COMMANDS=$(grids; repeats)
@@ -82,7 +82,7 @@ fi
 GET=${1:-$([[ $DATA != food11 || -d food11 ]] || echo --download)}
 "$PYTHON" tools/prepare.py --data "$DATA" $GET | tee "$OUT/photos.txt" ||
   { [[ $GET == --download && ! -d $DATA ]] && exec bash run_all.sh --demo || exit 1; }
-"$PYTHON" models.py $MODELS $BACKBONES --weights "$WEIGHTS" --classes "$(ls "$DATA/train" | wc -l)" > "$OUT/layers.txt"
+"$PYTHON" models.py $MODELS $BACKBONES --weights "$WEIGHTS" --classes "$(ls -d "$DATA"/train/*/ | wc -l)" > "$OUT/layers.txt"
 
 # Training. A number before each line says which command it is of. Memory is used again, not given
 # back to the system.
@@ -93,7 +93,7 @@ train() {
     fail "training stopped, see above; the next call goes on from what is stored"
 }
 grids | train
-repeats | train
+[[ ! $(repeats) ]] || repeats | train
 
 # Choice by validation, test, comparisons; figures; report.
 "$PYTHON" evaluate.py --chosen --data "$DATA" --output "$OUT" --cache "$CACHE" --device "$DEVICE"

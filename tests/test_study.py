@@ -23,10 +23,10 @@ def run_all(*arguments, **settings):
 
 def test_demo_makes_every_file_and_a_second_call_does_nothing(tmp_path):
     small = {"MODELS": "plain", "LEARNING_RATES": "0.02", "BATCH_SIZES": "64", "DROPOUTS": "0.4"}
-    places = {"OUT": str(tmp_path), "DATA": str(tmp_path / "a set"), "CACHE": str(tmp_path / "c")}
+    places = {"OUT": str(tmp_path / "a study"), "CACHE": str(tmp_path / "a cache")}
     first = run_all("--demo", EPOCHS="1", **small, **places)
     assert first.returncode == 0, first.stdout + first.stderr
-    output = tmp_path / "demo"
+    output = tmp_path / "a study" / "demo"
     figures = {path.stem for path in output.glob("figures/*.png")}
     assert {path.name for path in output.iterdir()} >= set(FILES.split())
     assert figures >= set(FIGURES.split())

@@ -162,7 +162,7 @@ def test_a_step_is_along_the_gradient_of_the_highest_loss_within_the_radius():
     there = gradient(start + 0.5 * here / here.norm())
     optimizer = torch.optim.SGD([{"params": layer.parameters(), "peak": 0.2}], torch.tensor(1.0))
     run = Namespace(cutmix=0.0, label_smoothing=0.0, precision="float32")
-    step = engine.make_step(layer, [optimizer], run, 0.5, torch.zeros(2), 3)
+    step = engine.make_step(layer, [optimizer], run, torch.zeros(2), 3, 0.5)
     step(inputs, labels, None, torch.tensor(0.5))
     torch.testing.assert_close(layer.weight, start - 0.1 * there)
 

@@ -37,7 +37,7 @@ def metrics(labels, predicted, classes):
     labels, predicted: int [N]; classes: names. A ratio with nothing below the line is 0.
     """
     matrix = confusion_matrix(labels, predicted, len(classes))
-    hits, accuracy = np.diag(matrix), float((labels == predicted).mean())
+    hits, accuracy = np.diag(matrix), float(matrix.trace() / matrix.sum())
     guessed, support = matrix.sum(0), matrix.sum(1)
     precision, recall = hits / np.maximum(guessed, 1), hits / np.maximum(support, 1)
     f1 = 2 * hits / np.maximum(guessed + support, 1)

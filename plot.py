@@ -64,7 +64,7 @@ def grid_of(runs, network):
 def draw_curves(path, columns):
     """Loss above accuracy, training dashed; columns: {title: {label: history of a run}}."""
     labels = list(dict.fromkeys(itertools.chain(*columns.values())))
-    figure = Figure(figsize=(WIDTH, 6))
+    figure = Figure(figsize=(WIDTH, 5))
     axes = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
     for (title, lines), column in zip(columns.items(), axes.T, strict=True):
         column[0].set_title(title)
@@ -76,8 +76,8 @@ def draw_curves(path, columns):
                 axis.plot(epochs, values, style, color=f"C{labels.index(label)}")
     firsts = [history[0] for lines in columns.values() for history in lines.values() if history]
     # A run that diverged must not flatten all others.
-    axes[0, 0].set(ylabel="loss", ylim=(0, 1.2 * max(row["train_loss"] for row in firsts)))
-    axes[1, 0].set(ylabel="accuracy", ylim=(0, 1))
+    axes[0, 0].set(ylabel="loss", ylim=(None, 1.2 * max(row["train_loss"] for row in firsts)))
+    axes[1, 0].set(ylabel="accuracy", ylim=(0, 1.02))
     axes[1, 0].yaxis.set_major_formatter(PercentFormatter(1))
     handles = [Line2D([], [], color=f"C{i}", label=label) for i, label in enumerate(labels)]
     handles.append(Line2D([], [], color="black", linestyle="--", label="training (distorted)"))
@@ -115,7 +115,7 @@ def draw_overview(path, rows):
     rows = sorted(rows, key=lambda row: row["validation_accuracy"])
     test = np.array([row["test_accuracy"] for row in rows])
     low, high = np.array([row["test_interval_95"] for row in rows]).T
-    figure, places = Figure(figsize=(WIDTH, 1.2 + 0.4 * len(rows))), range(len(rows))
+    figure, places = Figure(figsize=(WIDTH, 1.2 + 0.33 * len(rows))), range(len(rows))
     axis = figure.subplots()
     validation = [row["validation_accuracy"] for row in rows]
     axis.plot(validation, places, "o", markerfacecolor="white", label="validation, which chose")
@@ -125,7 +125,7 @@ def draw_overview(path, rows):
         axis.text(high[place], place, f"  {test[place]:.1%}", va="center")
     axis.set_yticks(places, [row["label"] for row in rows])
     axis.xaxis.set_major_formatter(PercentFormatter(1))
-    axis.margins(x=0.1)
+    axis.margins(x=0.15)
     figure.legend(loc="outside lower center", ncols=2)
     save(figure, path)
 
@@ -134,7 +134,7 @@ def draw_confusion(path, label, evaluations):
     """Counts over all seeds, true classes down and predicted ones across."""
     counts = np.sum([evaluation["confusion_matrix"] for evaluation in evaluations], axis=0)
     classes = [name.replace("_", " ") for name in evaluations[0]["classes"]]
-    axis = Figure(figsize=[3.0 + 0.4 * len(classes)] * 2).subplots()
+    axis = Figure(figsize=[2.4 + 0.34 * len(classes)] * 2).subplots()
     axis.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmax=1.8)
     for y, x in np.argwhere(counts):
         axis.text(x, y, counts[y, x], ha="center", va="center")

@@ -73,7 +73,8 @@ NEW="DATA=$DATA EPOCHS=$EPOCHS IMAGE_SIZE=$IMAGE_SIZE FINETUNE_IMAGE_SIZE=$FINET
   ! $(find -L "$DATA" "$OUT/runs" ./*.py tools/*.py -newer "$OUT/finished.txt" -print -quit) ]] &&
   { echo "finished before, and nothing is newer: read $OUT/report.pdf"; exit; }
 
-# Packages, photos and weights first, so that nothing is missing an hour into training.
+# Packages, photos and weights first, so that nothing is missing an hour into training. All networks
+# are listed for photos of the same size.
 if ! "$PYTHON" -c 'import matplotlib, torch, torchvision' 2> /dev/null; then
   "$PYTHON" -m venv .venv
   .venv/bin/python -m pip install -r requirements.txt
@@ -82,7 +83,7 @@ fi
 GET=${1:-$([[ $DATA != food11 || -d food11 ]] || echo --download)}
 "$PYTHON" tools/prepare.py --data "$DATA" $GET | tee "$OUT/photos.txt" ||
   { [[ $GET == --download && ! -d $DATA ]] && exec bash run_all.sh --demo || exit 1; }
-"$PYTHON" models.py $MODELS $BACKBONES --weights "$WEIGHTS" --classes "$(ls -d "$DATA"/train/*/ | wc -l)" > "$OUT/layers.txt"
+"$PYTHON" models.py $MODELS $BACKBONES --image-size "$IMAGE_SIZE" --weights "$WEIGHTS" --classes "$(ls -d "$DATA"/train/*/ | wc -l)" > "$OUT/layers.txt"
 
 # Training. A number before each line says which command it is of. Memory is used again, not given
 # back to the system.

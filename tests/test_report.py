@@ -12,7 +12,8 @@ from tools import report
 STUDY = """{
 "run": {"config": {"learning_rate": 0.02, "batch_size": 64, "seed": 0, "epochs": 9, "cutmix": 0,
   "image_size": 32, "weight_decay": 0, "dropout": 0.2, "label_smoothing": 0, "crop_scale": 1,
-  "rotation": 0, "sam_share": 0, "weights": "none"}, "environment": {"device": "cpu", "torch": "2"},
+  "rotation": 0, "sam_share": 0, "weights": "none", "views": 4},
+  "environment": {"device": "cpu"},
   "data": {"classes": ["a|b", "$c$ _d_", "北京烤鸭"], "counts": {"train": [9], "validation": [5]}}},
 "best": {"epoch": 7, "train_accuracy": 0.5, "validation_accuracy": 0.625},
 "test": {"classes": [1, 2, 3], "confusion_matrix": [[3, 2, 0], [0, 4, 1], [0, 0, 5]],
@@ -29,7 +30,7 @@ self.fc1 = nn.Linear(
 return y + F.pad(
 loss = F.cross_entropy(
 torch.optim.AdamW(
-def metrics(
+np.diag(matrix)
 F.relu(self.fc1(self.dropout(x)))
 model.requires_grad_(False)
 last = nn.Linear("""
@@ -58,7 +59,7 @@ def test_every_point_of_the_assignment_has_its_code_and_numbers():
     assert all(line in text for line in SAID.splitlines())
     source = "".join(p.read_text("utf-8") for p in Path(report.__file__).parents[1].glob("*.py"))
     code = "".join(re.findall(r"^```python\n((?s:.*?))```$", text, re.MULTILINE))
-    assert all(line in source for line in code.splitlines())
+    assert all(line in source for line in re.sub(r"^# .*", "", code, flags=re.M).splitlines())
     report.main([])
     assert Path("results/report.pdf").read_bytes().count(b"/Type /Page") > 4
 

@@ -35,24 +35,25 @@ REPORT = """[run]
 # Photo classification with small CNNs and with pre-trained networks
 
 {classes} classes of photos: {train:,} to train, {validation:,} by which epoch, settings and models
-are chosen, and {test:,} to test what was chosen. Computed on {run[environment][device]} with torch
-{run[environment][torch]}.
+are chosen, and {test:,} to test what was chosen. Computed on {machines}.
 
 | model | trained parameters | validation | test | 95% interval | seconds |
 |---|---|---|---|---|---|
 {models}
 
-*All chosen models; accuracies are means over their seeds, seconds those of one run.*
+*All chosen models, part 1 above, the best of each part first. fc: only the last layer is trained,
+last2: the last two convolutions, too. Accuracies are means over the seeds (random starts), seconds
+those of a run.*
 
-![Test accuracy of all chosen models, with 95% intervals.](figures/overview.png)
+![Validation and test accuracy of all chosen models.](figures/overview.png)
 
-An interval says how far an accuracy may move with other test photos (Wilson, 1927). Two models are
-compared on the same photos, by a bootstrap over photos and seeds, and one is called better or worse
-where the interval of the difference excludes zero.
+The interval of an accuracy says where that on all such photos is likely to lie (Wilson, 1927); it
+does not count the seeds. Two models are compared on the same photos, by drawing photos and seeds
+again 10,000 times (bootstrap, Efron, 1979), and one is called better or worse where the interval of
+the difference excludes zero. With one seed that holds for these two runs alone: trained again from
+another start, either may end a point or two higher or lower.
 
-[one_seed]
-A comparison with one seed holds for these two runs: trained again from another start, either may
-end a point or two higher or lower.
+{photos}
 
 [scratch]
 ## Part 1: CNNs from scratch
@@ -63,29 +64,34 @@ Five blocks of convolution (3 x 3), max pooling, batch norm and ReLU have 32, 64
 channels. Each halves the sides of the picture: what the network gives up in place it wins in
 meaning, from edges and colours to parts of what is to be told apart. The average over the places
 that are left makes 384 numbers of a photo, which two fully connected layers turn into a score for
-each class. Pooling comes before batch norm and ReLU, which then have a quarter of the work. All
-networks are listed layer by layer by `python models.py plain residual mobilenet_v2`.
+each class. Pooling comes before batch norm and ReLU, which then have a quarter of the work. The
+second network adds skips, see 1.2.
 
-@models.PlainCNN.__init__
+{layers}
+
 
 ### 1.2 How convolution, fully connected layer and skip are made
 
 A convolution is `nn.Conv2d` with a padding of 1, so that it keeps the size of its input; it has no
-bias, because the batch norm after it has one. A fully connected layer is `nn.Linear`. Kernels start
-from random numbers scaled so that signals keep their size through ReLUs (He et al., 2015).
+bias, because the batch norm after it has one. A fully connected layer is `nn.Linear`: each output
+is a weighted sum of all inputs and a bias. Softmax is part of the loss. Kernels start from random
+numbers scaled so that signals keep their size through ReLUs (He et al., 2015).
+
+@models.PlainCNN.__init__
 
 @models.PlainCNN.block
 
 [residual]
 The residual network is the plain one with a skip around every block but the first, and nothing
 else: the same layers, the same start. The skip has no parameters: averaging brings the input of a
-block to the size of its output, zeros stand for the channels added (He et al., 2016, option A).
+block to the size of its output, zeros stand for the channels added (option A of He et al., 2016;
+averaging, and adding after the ReLU, are choices made here).
 
 @models.ResidualCNN.block
 
-A skip needs depth to pay. Through dozens of layers a gradient fades, and layers that should do
-little must first learn to pass on what they get; an addition lets both through and leaves a block
-only the difference to learn. Five layers with batch norm train well without one, so no more than a
+A skip needs depth to pay. Dozens of layers are hard to train even with batch norm: those that
+should do little must first learn to pass on what they get. An addition does that for them and
+leaves a block only the difference to learn. Five layers train well without one, so no more than a
 small difference should be expected here.
 
 [scratch]
@@ -97,48 +103,60 @@ certainty doesn't pay.
 
 @engine.make_step from def compute_gradients to def step
 
-Muon makes the step of each matrix and kernel nearly orthogonal, so that all its directions learn at
-one pace; AdamW takes what is left. The learning rate rises in the first epochs and then falls to
-zero. The weights kept are those of the epoch with the best validation accuracy.
+Muon (Jordan et al., 2024) makes the step of each matrix and kernel nearly orthogonal, so that all
+its directions learn at one pace. AdamW (Loshchilov and Hutter, 2019) takes the output layer, biases
+and batch norms, at a tenth of the learning rate. The rate rises in the first epochs and then falls
+to zero. The weights kept are those of the epoch with the best validation accuracy.
 
 @engine.build_optimizers from trained =
 
+@engine.make_step from for optimizer in to sums.add_
+
 Accuracy is the share of photos whose highest output is that of their class: the diagonal of the
-confusion matrix over its sum. Precision, recall and F1 of each class come from the same matrix.
+confusion matrix over its sum. Of each class, precision is the share of photos taken for it that
+are of it, recall the share of its photos that were found, and F1 their harmonic mean.
 
 @evaluate.confusion_matrix
 
-@evaluate.metrics
+@evaluate.metrics from matrix = to rows
 
 Where validation accuracy lies above training accuracy, nothing is wrong. Training photos are
-cropped, turned, recoloured and mixed (CutMix pastes in a square of another photo), in each epoch
-anew; validation photos are shown as they are. So training accuracy is measured on harder photos,
-and on weights that still change during the epoch.
+cropped, turned, recoloured and mixed, in each epoch anew, and the weights still change during the
+epoch; validation photos are shown as they are. CutMix (Yun et al., 2019) pastes a square of another
+photo into each of a batch; such a photo counts as right only for the class of the one pasted into,
+even where most of it is another. How many batches are mixed differs from epoch to epoch, so the
+training curves jump. Training loss has label smoothing and CutMix in it and never comes near zero.
 
-The runs take {scratch[config][epochs]} epochs at {scratch[config][image_size]} pixels, with weight
-decay {scratch[config][weight_decay]}, label smoothing {scratch[config][label_smoothing]}, crops
-from {scratch[config][crop_scale]} of the area, turns of up to {scratch[config][rotation]} degrees,
-CutMix in {scratch[config][cutmix]} of the batches, and sharpness-aware steps (SAM, Foret et al.,
-2021) in the last {scratch[config][sam_share]} of the epochs.
+The runs take {scratch[config][epochs]} epochs at {scratch[config][image_size]} pixels, with these
+settings: label smoothing {scratch[config][label_smoothing]}; Muon's weight decay
+{scratch[config][weight_decay]}; crops from {scratch[config][crop_scale]:.0%} of the area; turns of
+up to {scratch[config][rotation]:g} degrees; CutMix in {scratch[config][cutmix]:.0%} of the batches;
+SAM in the last {scratch[config][sam_share]:.0%} of the epochs (Foret et al., 2021: gradients are
+taken at the worst point nearby, which favours flat minima).
 
 ### 1.4 Learning rates and batch sizes
 
 With too low a learning rate the last epoch comes before the network has learned what it could; with
 too high a one its steps overshoot, and it settles late or never. A smaller batch means more steps
-in an epoch, each with a noisier gradient, so the two are tried together. Validation accuracy alone
-decides.
+in an epoch, each with a noisier gradient, so the two are tried together. Validation accuracy
+decides, on a tie the lower validation loss.
 
 {scratch[curves]}
 
-| network | learning rate | batch size | validation | epoch | |
+| network | learning rate | batch size | validation | epoch | choice |
 |---|---|---|---|---|---|
 {scratch[grid]}
 
-*The grid: best validation accuracy of each run, and its epoch.*
+*The grid with the first seed: best validation accuracy of each run, and its epoch.*
 
-![Best validation accuracy over the grid.](figures/grid.png)
+On {validation:,} photos neighbours in the table can't be told apart, so the choice is one of
+several that would do. A best epoch near the last says that the falling learning rate, not
+overfitting, ends the training.
 
 ### 1.5 The best of each
+
+The grid is of one seed; these are means over all seeds. The accuracy that was chosen by is a little
+too high, since the luckiest of several is chosen; that on test photos is not.
 
 {scratch[best]}
 
@@ -163,9 +181,8 @@ learning its training photos by heart, it has little to win and makes learning s
 [scratch]
 ### 1.7 Confusion matrices
 
-Rows are true classes, columns what the network said, on test photos. Two classes are mixed up when
-either is taken for the other; F1 is the harmonic mean of precision and recall. The folder `figures`
-also shows photos that were mistaken, and photos as training sees them.
+Rows are true classes, columns what the network said, on the test photos, all seeds together. Two
+classes are mixed up when either is taken for the other.
 
 {scratch[errors]}
 {scratch[confusions]}
@@ -179,53 +196,55 @@ also shows photos that were mistaken, and photos as training sees them.
 
 ### 2.1 What fine-tuning is, and why the rest stays frozen
 
-Fine-tuning starts from weights that have learned another task, here {finetune[config][weights]}
-(none would be random ones, which show the method but no benefit). Filters that have seen the
-million photos of ImageNet know the edges, textures and parts that any photo is made of. A few
-thousand photos can't teach them better; they would move millions of weights towards the accidents
-of these photos, and what the filters knew would be lost. So all but the last layers is frozen: it
-gets no gradient, and its batch norms stay in eval mode, since their running statistics would
-otherwise drift with every batch, gradient or not.
+Fine-tuning starts from weights that have learned another task, here {finetune[config][weights]}.
+MobileNetV2 (Sandler et al., 2018), MobileNetV3 (Howard et al., 2019) and ShuffleNetV2 (Ma et al.,
+2018) were made for telephones. Filters that have seen the million photos of ImageNet know the
+edges, textures and parts that any photo is made of. So few photos as here could easily move
+millions of weights towards their accidents, and what the filters knew would fade. So all but
+the last layers are frozen: they get no gradient, and their batch norms stay in eval mode, since
+running statistics would otherwise drift with every batch, gradient or not.
 
 @models.build_backbone from model.requires_grad_
 
 @models.Backbone.train
 
-After training, {finetune[unchanged]} runs had every frozen tensor as it was
-loaded, bit for bit. What is frozen makes the same of the same view of a photo, so that is computed
-once for each view and kept; an epoch then costs no more than the layers that are trained.
-
-@finetune.FeatureLoader.compute
-
-@finetune.FeatureLoader.inputs
+After each run every frozen tensor is compared with what was loaded, bit for bit; one that differed
+would end the run with an error. Each photo has {finetune[config][views]} distorted views, used in
+turns. What the frozen layers make of them is computed once and kept; an epoch then costs no more
+than the layers that are trained.
 
 ### 2.2 The two cases
 
 The new last layer has one output for each class. In the case called fc it alone is trained, and the
 network can only weigh anew what it sees already. In the other, last2, the last two convolutions are
-trained, too, with their batch norms: these filters are the ones most particular to the old classes
-and can turn to the new ones. That is more to fit and more to overfit, and it asks for a lower
-learning rate.
+trained, too, with their batch norms (in MobileNetV2 those from 960 to 320 to 1280 channels): these
+filters are the ones most particular to the old classes and can turn to the new ones. That is more
+to fit and more to overfit, and it asks for a lower learning rate.
 
 @models.build_backbone from last = to for module
 
-The runs take {finetune[config][epochs]} epochs at {finetune[config][image_size]} pixels, with
-weight decay {finetune[config][weight_decay]}, dropout {finetune[config][dropout]}, label smoothing
-{finetune[config][label_smoothing]} and crops from {finetune[config][crop_scale]} of the area.
+The runs take {finetune[config][epochs]} epochs of AdamW alone at {finetune[config][image_size]}
+pixels, with weight decay {finetune[config][weight_decay]}, dropout {finetune[config][dropout]},
+label smoothing {finetune[config][label_smoothing]} and crops from
+{finetune[config][crop_scale]:.0%} of the area.
 
 ![Loss and accuracy of the chosen runs.](figures/curves_transfer.png)
 
-| network | learning rate | batch size | validation | epoch | |
+| network | learning rate | batch size | validation | epoch | choice |
 |---|---|---|---|---|---|
 {finetune[grid]}
 
-*The grid: best validation accuracy of each run, and its epoch.*
+*The grid with the first seed: best validation accuracy of each run, and its epoch.*
+
+Best of each case, means over all seeds, and what the convolutions add:
 
 {finetune[best]}
 
 {finetune_pairs}
 
 ### 2.3 Confusion matrix
+
+Again on the test photos, all seeds together, of the best model of part 2.
 
 {finetune[errors]}
 
@@ -245,8 +264,8 @@ def quote(match):
     that begins with one text to before one that begins with another."""
     begin, end = re.escape(match[2] or ""), re.escape(match[3] or "\0")
     source = re.sub(r'\n\s+"""(?s:.*?)"""', "", getsource(resolve_name(match[1])), count=1)
-    found = re.search(rf"^ *{begin}(?s:.*?)(?=^ *{end}|\Z)", source, re.MULTILINE)
-    return f"```python\n{textwrap.dedent(found[0] if found else source).strip()}\n```"
+    code = re.search(rf"^ *{begin}(?s:.*?)(?=^ *{end}|\Z)", source, re.MULTILINE)[0]
+    return f"```python\n# {match[1]}\n{textwrap.dedent(code).strip()}\n```"
 
 
 MODEL = """| {label} | {trained_parameters:,} | {validation_accuracy:.1%} | {test_accuracy:.1%} \
@@ -303,7 +322,6 @@ def part_facts(rows, runs, discussion):
     shown, best = [row for row in rows if row["label"] in best_of.values()], rising[-1]
     return {
         **best["run"],
-        "unchanged": f"{sum(run.get('frozen_unchanged', False) for run in runs)} of {len(runs)}",
         "curves": "".join(FIGURE.format("curves", **row) for row in shown),
         "grid": grid_lines(runs, {n: "chosen" for row in rows for n in row["runs"].values()}),
         "best": "".join(BEST.format(**row) for row in shown),
@@ -313,40 +331,39 @@ def part_facts(rows, runs, discussion):
     }
 
 
-def read(path):
-    if not path.is_file():
-        raise SystemExit(f"{path} is missing: run evaluate.py --chosen first")
-    return json.loads(path.read_text())
-
-
 def facts(output):
     """What REPORT is filled with, by key; what there is nothing to say of is not there or empty."""
-    summary, found = read(output / "summary.json"), defaultdict(str)
-    rows = {row["label"]: row for row in summary["models"]}
-    for row in rows.values():
-        names = [*row["runs"].values()]
-        row["run"] = found["run"] = read(output / "runs" / f"{names[0]}.json")
-        tests = [read(output / "evaluations" / f"{name}.test.json") for name in names]
+    if not (output / "summary.json").is_file():
+        raise SystemExit(f"{output} has no summary.json: run evaluate.py --chosen first")
+    summary, runs = json.loads((output / "summary.json").read_text()), engine.read_runs(output)
+    found, rows = defaultdict(str), {row["label"]: row for row in summary["models"]}
+    rising = sorted(rows.values(), key=lambda row: (row["kind"], row["validation_accuracy"]))
+    for row in reversed(rising):
+        files = [output / "evaluations" / f"{name}.test.json" for name in row["runs"].values()]
+        tests = [json.loads(file.read_text()) for file in files]
         row["matrix"] = sum(np.array(test["confusion_matrix"]) for test in tests)
+        row["run"] = found["run"] = runs[min(row["runs"].values())]
         found["models"] += MODEL.format(**row)
         found[row["network"]] = True
     found |= {split: sum(counts) for split, counts in found["run"]["data"]["counts"].items()}
     found["test"], found["classes"] = len(tests[0]["predictions"]), len(tests[0]["classes"])
+    found["machines"] = ", ".join(sorted({run["environment"]["device"] for run in runs.values()}))
+    for path in output.glob("*.txt"):  # layers.txt, photos.txt: what stands in them first
+        found[path.stem] = "```\n" + path.read_text("utf-8").strip().split("\n\n")[0] + "\n```"
     for pair in summary["comparisons"]:
         a, b = rows[pair["a"]], rows[pair["b"]]
-        topic = a["kind"] if a["kind"] == b["kind"] else "both"
-        if topic == "scratch" and a["network"] == b["network"]:
-            topic = "dropout"
+        topic = "dropout" if a["network"] == b["network"] else a["kind"]
+        if a["kind"] != b["kind"]:
+            topic = "both"
         points = [100 * share for share in (pair["difference"], *pair["interval_95"])]
         word = "better" if points[1] > 0 else "worse" if points[2] < 0 else "can't be told apart"
         found[f"{topic}_pairs"] += PAIR.format(*points, **pair, word=word)
-        found["one_seed"] = found["one_seed"] or pair["seeds"] == 1
-    file, runs = output / "discussion.md", engine.read_runs(output).values()
+    file = output / "discussion.md"
     said = file.read_text("utf-8") if file.is_file() else ""
     said = [*re.split(r"^## Part 2.*$", said, maxsplit=1, flags=re.MULTILINE), ""]
     for kind, text in zip(("scratch", "finetune"), said, strict=False):
         own = [row for row in rows.values() if row["kind"] == kind]
-        found[kind] = own and part_facts(own, [r for r in runs if r["kind"] == kind], text)
+        found[kind] = own and part_facts(own, [r for r in runs.values() if r["kind"] == kind], text)
     return found
 
 

@@ -45,13 +45,13 @@ are chosen, and {test:,} to test what was chosen. Computed on {machines}.
 last2: the last two convolutions, too. Accuracies are means over the seeds (random starts), seconds
 those of a run.*
 
-![Validation and test accuracy of all chosen models.](figures/overview.png)
+![Figure: validation and test accuracy of all chosen models.](figures/overview.png)
 
-The interval of an accuracy says where that on all such photos is likely to lie (Wilson, 1927); it
-does not count the seeds. Two models are compared on the same photos, by drawing photos and seeds
-again 10,000 times (bootstrap, Efron, 1979), and one is called better or worse where the interval of
-the difference excludes zero. With one seed that holds for these two runs alone: trained again from
-another start, either may end a point or two higher or lower.
+The interval of an accuracy says where the accuracy on all such photos is likely to lie (Wilson,
+1927); it does not count the seeds. Two models are compared on the same photos, by drawing photos
+and seeds again 10,000 times (bootstrap, Efron, 1979), and one is called better or worse where the
+interval of the difference excludes zero. With one seed that holds for these two runs alone: trained
+again from another start, either may end a point or two higher or lower.
 
 {photos}
 
@@ -65,7 +65,7 @@ channels. Each halves the sides of the picture: what the network gives up in pla
 meaning, from edges and colours to parts of what is to be told apart. The average over the places
 that are left makes 384 numbers of a photo, which two fully connected layers turn into a score for
 each class. Pooling comes before batch norm and ReLU, which then have a quarter of the work. The
-second network adds skips, see 1.2.
+residual network has the same layers; its skips go around blocks 2 to 5, see 1.2.
 
 {layers}
 
@@ -110,7 +110,7 @@ to zero. The weights kept are those of the epoch with the best validation accura
 
 @engine.build_optimizers from trained =
 
-@engine.make_step from for optimizer in to sums.add_
+@engine.make_step from for optimizer in to return Graphed
 
 Accuracy is the share of photos whose highest output is that of their class: the diagonal of the
 confusion matrix over its sum. Of each class, precision is the share of photos taken for it that
@@ -122,10 +122,11 @@ are of it, recall the share of its photos that were found, and F1 their harmonic
 
 Where validation accuracy lies above training accuracy, nothing is wrong. Training photos are
 cropped, turned, recoloured and mixed, in each epoch anew, and the weights still change during the
-epoch; validation photos are shown as they are. CutMix (Yun et al., 2019) pastes a square of another
-photo into each of a batch; such a photo counts as right only for the class of the one pasted into,
-even where most of it is another. How many batches are mixed differs from epoch to epoch, so the
-training curves jump. Training loss has label smoothing and CutMix in it and never comes near zero.
+epoch; validation photos are shown as they are, and without dropout. CutMix (Yun et al., 2019)
+pastes a square of another photo into each of a batch; such a photo counts as right only for the
+class of the one pasted into, even where most of it is another. How many batches are mixed differs
+from epoch to epoch, so the training curves jump. Training loss has label smoothing and CutMix in it
+and never comes near zero.
 
 The runs take {scratch[config][epochs]} epochs at {scratch[config][image_size]} pixels, with these
 settings: label smoothing {scratch[config][label_smoothing]}; Muon's weight decay
@@ -156,7 +157,7 @@ overfitting, ends the training.
 ### 1.5 The best of each
 
 The grid is of one seed; these are means over all seeds. The accuracy that was chosen by is a little
-too high, since the luckiest of several is chosen; that on test photos is not.
+too high, since the luckiest of several is chosen; the test accuracy is not.
 
 {scratch[best]}
 
@@ -176,7 +177,8 @@ and a batch norm behind it would see other variances in training than in use.
 {dropout_pairs}
 
 Dropout is a remedy for overfitting. Where distorted and mixed photos already keep a network from
-learning its training photos by heart, it has little to win and makes learning slower.
+learning its training photos by heart, it has little to win and makes learning slower. It was added
+at the settings that were chosen without it.
 
 [scratch]
 ### 1.7 Confusion matrices
@@ -196,13 +198,14 @@ classes are mixed up when either is taken for the other.
 
 ### 2.1 What fine-tuning is, and why the rest stays frozen
 
-Fine-tuning starts from weights that have learned another task, here {finetune[config][weights]}.
-MobileNetV2 (Sandler et al., 2018), MobileNetV3 (Howard et al., 2019) and ShuffleNetV2 (Ma et al.,
-2018) were made for telephones. Filters that have seen the million photos of ImageNet know the
-edges, textures and parts that any photo is made of. So few photos as here could easily move
-millions of weights towards their accidents, and what the filters knew would fade. So all but
-the last layers are frozen: they get no gradient, and their batch norms stay in eval mode, since
-running statistics would otherwise drift with every batch, gradient or not.
+Fine-tuning starts from weights that have learned another task, mostly the 1,000 classes of ImageNet
+(here: {finetune[config][weights]}). MobileNetV2 (Sandler et al., 2018), MobileNetV3 (Howard et al.,
+2019) and ShuffleNetV2 (Ma et al., 2018) were made for mobile devices. Filters that have seen the
+million photos of ImageNet know the edges, textures and parts that any photo is made of. So few
+photos as here could easily move millions of weights towards what these happen to share, and what
+the filters knew would fade. So all but the last layers are frozen: they get no gradient, and their
+batch norms stay in eval mode, since running statistics would otherwise drift with every batch,
+gradient or not.
 
 @models.build_backbone from model.requires_grad_
 
@@ -228,7 +231,10 @@ pixels, with weight decay {finetune[config][weight_decay]}, dropout {finetune[co
 label smoothing {finetune[config][label_smoothing]} and crops from
 {finetune[config][crop_scale]:.0%} of the area.
 
-![Loss and accuracy of the chosen runs.](figures/curves_transfer.png)
+Where training accuracy nears 100% and validation accuracy stays, the layers learn their photos by
+heart. Training loss has label smoothing and dropout in it, validation loss has not.
+
+![Figure: loss and accuracy of the chosen runs.](figures/curves_transfer.png)
 
 | network | learning rate | batch size | validation | epoch | choice |
 |---|---|---|---|---|---|
@@ -244,7 +250,7 @@ Best of each case, means over all seeds, and what the convolutions add:
 
 ### 2.3 Confusion matrix
 
-Again on the test photos, all seeds together, of the best model of part 2.
+Again on the test photos, all seeds together. The matrix is that of the better of the two.
 
 {finetune[errors]}
 
@@ -419,7 +425,7 @@ def typeset(block):
         lines = align(block) if block[0] == "|" else block.splitlines()[1:-1]
         family = ["DejaVu Sans Mono", *rcParams["font.family"]]
         size = min(7.2, WIDTH / 0.61 / max(1, *map(len, lines)))
-        return lines, Font(family=family, size=size), min(300, 10 * len(lines) + 30)
+        return lines, Font(family=family, size=size), min(300, 9.8 * len(lines) + 30)
     level = len(re.match("#*", block)[0])
     size, weight, room = (17 - 2 * level, "bold", 200 - 40 * level) if level else (9, None, 25)
     items = re.split(r"\n(?=[-*] |\d+\. )", block)

@@ -119,10 +119,10 @@ def draw_overview(path, rows):
     axis = figure.subplots()
     validation = [row["validation_accuracy"] for row in rows]
     axis.plot(validation, places, "o", markerfacecolor="white", label="validation, which chose")
-    bars = {"xerr": [test - low, high - test], "capsize": 3}
-    axis.errorbar(test, places, fmt="s", **bars, label="test, with its 95% interval")
+    bars = [test - low, high - test]
+    axis.errorbar(test, places, xerr=bars, fmt="s", capsize=3, label="test, with its 95% interval")
     for place in places:
-        axis.text(high[place], place, f"  {test[place]:.1%}", va="center")
+        axis.text(low[place], place, f"{test[place]:.1%}  ", ha="right", va="center")
     axis.set_yticks(places, [row["label"] for row in rows])
     axis.xaxis.set_major_formatter(PercentFormatter(1))
     axis.margins(x=0.15)
